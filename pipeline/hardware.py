@@ -16,6 +16,20 @@ from typing import Any
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
 
+# torch keeps the compiled kernel of each shape that a bf16 product had, in two caches of 1,024 that
+# its libraries size by the environment: .6 MB a shape, so 600 MB where rows have many lengths. A
+# pass has a dozen shapes, which all its layers share; a kernel is made in .6 ms.
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+KEPT_KERNELS = 128
+
+
+def bound_kernel_caches() -> None:
+    """Keep the kernels of a processor's products few, where the environment does not say how many;
+    of use before the first product of a process alone."""
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KEPT_KERNELS))
+
+
 def device() -> str:
     """Return cuda when a GPU is there, else cpu."""
     import torch

@@ -3,17 +3,20 @@
 N tokens, D model width, V vocabulary.
 """
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipeline.model import loss
-from pipeline.model.chunks import MIN_CHUNK_TOKENS
+from pipeline.model.chunks import MIN_CHUNK_TOKENS, workspace_bytes
 from pipeline.model.loss import (
     chunked_token_loss,
     cross_entropy,
     smoothed_cross_entropy,
 )
+from tests.held import held_bytes
 
 D, V = 16, 37
 
@@ -111,6 +114,32 @@ def test_token_nats_are_each_tokens_loss(tokens):
     torch.testing.assert_close(found, F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="none"))
     assert not found.requires_grad
     torch.testing.assert_close(found.sum(), cross_entropy(h_ND, head_VD, target_N, chunk_tokens=5))
+
+
+def test_a_chunk_of_bf16_takes_its_two_buffers_and_leaves_nothing_to_the_next(monkeypatch):
+    """torch's softmax casts bf16 as a whole before it begins, which was a third block; losses that
+    were kept broke up the heap, and each chunk took new memory."""
+    h_ND, head_VD, target_N = (each.detach() for each in drawn(50))
+    head_VD = head_VD.repeat(300, 1).bfloat16()
+    kept, alive, real = [], [], loss._ChunkBuffers.token_loss
+
+    def seen(*given):
+        alive.append(sum(each() is not None for each in kept))
+        found = real(*given)
+        kept.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(loss._ChunkBuffers, "token_loss", seen)
+    nats = []
+
+    def run():
+        nats[:] = [chunked_token_loss(h_ND, head_VD, target_N, torch.bfloat16, 10)]
+
+    run()
+    exact = F.cross_entropy((h_ND.bfloat16() @ head_VD.T).float(), target_N, reduction="none")
+    torch.testing.assert_close(nats[0], exact)
+    assert alive == [0] * 5
+    assert max(held_bytes(run)) < 1.1 * workspace_bytes(10, len(head_VD), 10 * len(head_VD), 2)
 
 
 def test_a_long_sum_of_bf16_gradients_does_not_stop_growing():

@@ -214,6 +214,46 @@ def test_freed_blocks_go_back_where_that_was_asked_for(calls, given_back):
     assert 26 * MB < held < 34 * MB  # after all was asked for
 
 
+KERNELS = """
+import torch
+from pipeline.hardware import bound_kernel_caches
+from pipeline.train import memory_meter
+{}
+torch.set_num_threads(1)
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def multiply(lengths):
+    for rows in lengths:
+        torch.ones(rows, 64, dtype=torch.bfloat16) @ weight
+    memory_meter.trim_heap()
+    return memory_meter._status("RssAnon")
+start = multiply(range(1, 5))
+print(multiply(range(5, 400)) - start)
+"""
+
+
+@needs_glibc
+def test_kernels_of_products_of_many_lengths_have_a_bound():
+    grown = {}
+    unbounded = {k: v for k, v in os.environ.items() if k not in hardware.KERNEL_CACHES}
+    for call in ("pass", "bound_kernel_caches()"):
+        script = KERNELS.format(call)
+        told = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=unbounded)
+        grown[call] = int(told)
+    if grown["pass"] < 100 * MB:
+        pytest.skip("this processor's products keep no kernel a length")
+    assert grown["bound_kernel_caches()"] < 90 * MB
+
+
+def test_a_bound_of_kernels_that_the_environment_has_stays(monkeypatch):
+    one, other = hardware.KERNEL_CACHES
+    monkeypatch.setenv(one, "7")
+    # so that it is what it was after the test
+    monkeypatch.setenv(other, "")
+    monkeypatch.delenv(other)
+    hardware.bound_kernel_caches()
+    assert (os.environ[one], os.environ[other]) == ("7", str(hardware.KEPT_KERNELS))
+
+
 HEAP_END = """
 from pipeline.train import memory_meter
 memory_meter.set_malloc_thresholds(2**22, {})

@@ -139,6 +139,21 @@ def others():
     return sorted(set(Image.SAVE) - same)
 
 
+def test_targa_which_has_no_magic_is_told_from_an_icon(scene):
+    for mode in ("RGB", "RGBA", "L", "P", "1"):
+        for packing in (None, "tga_rle"):
+            if (mode, packing) == ("1", "tga_rle"):
+                continue
+            data = encoded(scene.convert(mode), "TGA", compression=packing)
+            assert formats.name_of_other(data) == "a Targa picture", (mode, packing)
+    icon = encoded(scene, "ICO")
+    assert formats.name_of_other(icon) == "an icon"
+    # a cursor differs by its kind
+    assert formats.name_of_other(icon[:2] + b"\2" + icon[3:]) == "an icon"
+    for other in (bytes(64), b"\0\0\1\0" + bytes(60), b"\0" + bytes(range(40))):
+        assert formats.name_of_other(other) is None
+
+
 def test_files_of_every_other_format_are_named_without_addresses(scene):
     named = {}
     written = {}

@@ -5,6 +5,7 @@ T tokens, V vocabulary.
 
 import asyncio
 import gc
+import math
 import random
 import threading
 import time
@@ -34,7 +35,7 @@ from pipeline.serve.metrics import Metrics
 from pipeline.serve.scheduler import Scheduler
 from pipeline.serve.slot_cache import SlotLayer
 from pipeline.serve.streaming import merged
-from pipeline.serve.waiting_line import WaitingLine
+from pipeline.serve.waiting_line import WaitingLine, has_room, most_of_one
 from tests import small_engines
 from tests.small_engines import CONTEXT, END, KINDS, NAMES, VOCAB, SmallEngine, said
 
@@ -306,6 +307,47 @@ def test_a_client_with_many_waits_behind_one_with_few():
         order.append(each.number)
     assert order == [3, 0, 5, 1, 2, 4]
     assert len(line) == 0
+
+
+def test_a_client_that_fills_the_line_leaves_a_place_for_who_has_none():
+    engine = one_row(waiting=8)
+    with stepping(engine) as (permits, passes):
+        taken = [engine.submit(Prompt((0,)), Sampling(1), "greedy")]
+        wait_for(lambda: len(passes) == 1)
+        taken += [engine.submit(Prompt((1,)), Sampling(1), "greedy") for _ in range(6)]
+        with pytest.raises(Overloaded, match="6 .* of this client, and the places left are for"):
+            engine.submit(Prompt((1,)), Sampling(1), "greedy")
+        taken.append(engine.submit(Prompt((2,)), Sampling(1), "late"))
+        permits.release(8)
+        for each in taken:
+            each.wait()
+    assert [row[0] for row in passes].index([2]) == 2
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 8, 256])
+def test_greedy_clients_leave_a_place_for_one_that_has_nothing_waiting(room):
+    """Each takes all that it gets, one after another: a quarter of what is left stays."""
+    draw = random.Random(room)
+    taken = dict.fromkeys(range(6), 0)
+    for client in range(int(math.log(room, 4))):
+        while has_room(taken[client], sum(taken.values()), room):
+            taken[client] += 1
+    assert has_room(0, sum(taken.values()), room)
+    alone = 0
+    while has_room(alone, alone, room):
+        alone += 1
+    assert alone == most_of_one(room) >= 0.75 * room
+    # whoever comes and goes: what is full for one that has none is full for everybody
+    for _ in range(200):
+        client = draw.choice(list(taken))
+        total = sum(taken.values())
+        if draw.random() < 0.4 and taken[client]:
+            taken[client] -= 1
+        elif has_room(taken[client], total, room):
+            taken[client] += 1
+            assert total < room
+        else:
+            assert taken[client] or total == room
 
 
 class _Waiting:

@@ -140,7 +140,7 @@ def test_an_endpoint_on_modal_has_the_limits_of_its_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("serve", "said"),
     [
-        ({"max_batch": 2, "max_waiting": 5}, "max_inputs: 64 requests .* those over 7"),
+        ({"max_batch": 2, "max_waiting": 5}, "max_inputs: 64 requests .* over 6 of one client"),
         ({"max_seconds": 150}, "timeout_s: Modal ends a request after 150 s"),
     ],
 )
@@ -149,5 +149,5 @@ def test_what_a_container_would_be_given_and_not_take_is_told(serve, said):
     cfg = FfnMoeConfig(serve=ServeConfig(**serve))
     with pytest.raises(ConfigError, match=said):
         cloud.check(cfg, prices, "/store")
-    fits = EndpointConfig(max_inputs=7, target_inputs=2, timeout_s=300)
+    fits = EndpointConfig(max_inputs=6, target_inputs=2, timeout_s=300)
     cloud.check(cfg.model_copy(update={"modal": ModalConfig(endpoint=fits)}), prices, "/store")

@@ -10,7 +10,9 @@ from pipeline.data.sources import text
 from pipeline.data.text import tokenizer
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.families.ffn_moe import evaluator as evaluating
+from pipeline.families.ffn_moe import parts
 from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.criteria import train_test_gap
 from pipeline.families.ffn_moe.parts import shards_of, stored_trunk
 from pipeline.model.trunk import Trunk
 from pipeline.protocols import quiet
@@ -120,18 +122,24 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
 
 
 def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkeypatch):
-    sizes, scores, real = {}, {}, evaluating.token_loss
+    sizes, scores, real = {}, {}, parts.token_loss
     for batch in (2, 16):
         cfg = small.config(evaluate__batch_sequences=batch)
         sizes[batch] = []
         monkeypatch.setattr(
-            evaluating,
+            parts,
             "token_loss",
             lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a),
         )
         bench = evaluating.Evaluator(cfg, shards_of(trained, trained.cfg.partition.names), quiet)
         trunk, dummy = stored_trunk(cfg, trained)
         scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
+        # training text behind a gap too, of which there is more than a batch
+        row = evaluating.NetworkRow(
+            name="base", kind="part", trunk=trunk, ffn=dummy, train_tokens=0
+        )
+        bench.scores = SimpleNamespace(nats_per_token=lambda _row: 0.0)
+        scores[batch] = [*scores[batch], train_test_gap(cfg, bench, row).gap]
     assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
     np.testing.assert_allclose(scores[2], scores[16], rtol=1e-4, atol=1e-5)
 

@@ -19,6 +19,7 @@ from ..report.narrow import print_table
 from ..run.dry_run import figures
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
+from ..serve.waiting_line import most_of_one
 from ..store.artifacts import Store
 from ..store.costs import FOLDER as COSTS
 from ..store.mark import check_format, parse_format
@@ -95,12 +96,13 @@ def _endpoint_problems(cfg: RunConfig, prices: Prices) -> Iterator[str]:
     regions = prices.region_problems("", placed(modal).regions)
     if not (regions or prices.problems("endpoint", machine)):
         yield from endpoint_cost_problems(modal, prices)
-    most = cfg.serve.max_batch + cfg.serve.max_waiting
+    # All come from Modal's own server in front, as one client
+    most = most_of_one(cfg.serve.max_batch + cfg.serve.max_waiting)
     if machine.max_inputs > most:
         yield (
             f"modal.endpoint.max_inputs: {machine.max_inputs} requests at once, but a server of "
             f"serve.max_batch {cfg.serve.max_batch} and serve.max_waiting {cfg.serve.max_waiting} "
-            f"refuses those over {most}, which another container could answer"
+            f"refuses those over {most} of one client, which another container could answer"
         )
     if machine.timeout_s <= cfg.serve.max_seconds:
         yield (

@@ -30,7 +30,10 @@ class ServeConfig(Section):
         description="Keys and values of all texts; one that needs more runs alone",
     )
     max_waiting: int = Field(
-        256, ge=1, description="Texts that wait for a place; requests beyond get 503"
+        256,
+        ge=1,
+        description="Texts that wait for a place, of one client three quarters of them; requests "
+        "beyond get 503",
     )
     max_new_tokens: int = Field(1024, ge=1, description="Tokens of an answer")
     max_context: int | None = Field(

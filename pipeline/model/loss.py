@@ -57,12 +57,13 @@ def chunked_token_loss(
     """Return nats_N, the loss of each token, for evaluation."""
     chunk_tokens = chunk_tokens or chunk_of(len(head_VD))
     buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), _Head(head_VD, dtype))
-    nats = []
+    nats_N = h_ND.new_empty(len(h_ND), dtype=buffers.softmax_CV.dtype)
     for start in range(0, len(h_ND), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         h_CD = h_ND[chunk].to(dtype)
-        nats.append(buffers.token_loss(h_CD, target_N[chunk]))
-    return torch.cat(nats)
+        # A few losses kept from each chunk would break up the heap that the next one's block needs
+        nats_N[chunk] = buffers.token_loss(h_CD, target_N[chunk])
+    return nats_N
 
 
 @torch.no_grad()
@@ -199,7 +200,11 @@ class _ChunkBuffers:
         target_logit_C1 = logits_CV.gather(1, target_C[:, None])
         target_logit_C = target_logit_C1.squeeze(1).to(dtype)
         top_logit_C = logits_CV.amax(-1).to(dtype)
-        torch.softmax(logits_CV, -1, dtype=dtype, out=softmax_CV)
+        if logits_CV.is_cpu and logits_CV.dtype != dtype:
+            # There torch casts all of its input before it begins: into the buffer it takes nothing
+            torch.softmax(softmax_CV.copy_(logits_CV), -1, out=softmax_CV)
+        else:
+            torch.softmax(logits_CV, -1, dtype=dtype, out=softmax_CV)
         # logsumexp from the largest logit and its probability, which is at least 1/V and so never
         # underflows, as the target's own probability may
         top_probability_C = softmax_CV.amax(-1)

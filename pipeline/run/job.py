@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..errors import PipelineError
-from ..hardware import cpu_name, gpu_name, set_fastest_threads
+from ..hardware import bound_kernel_caches, cpu_name, gpu_name, set_fastest_threads
 from ..protocols import Progress
 from ..store.artifacts import (
     Manifest,
@@ -60,6 +60,7 @@ def run_job(
     Waits when another process is doing the same. Raises MissingArtifact when an input is not there,
     StaleArtifact when one is stale.
     """
+    bound_kernel_caches()
     # Before any file of the store is open, and before parts remember what they have checked
     store.refresh()
     parts = StoredParts(cfg, store, progress)

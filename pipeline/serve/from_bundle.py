@@ -6,6 +6,7 @@ import torch
 
 from ..config.serving import ServeConfig
 from ..errors import DamagedArtifact, PipelineError
+from ..hardware import bound_kernel_caches
 from ..store.bundle import about, identity
 from .chat_engine import ChatEngine
 from .engines import engine_of
@@ -21,6 +22,7 @@ def open_service(
     """Open a bundle, whose requests' pictures may be at those hosts, or * at any of the open
     network's. Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that
     cannot be served, ConfigError for one that is not run in the dtype that is wanted."""
+    bound_kernel_caches()
     wanted = wanted or ServeConfig()
     limits = RequestLimits.of(str(about(folder).get("serves")), wanted)
     try:

@@ -29,13 +29,14 @@ Medium = Any
 class Overloaded(Exception):
     """There is no room for a request, neither to run nor to wait; in a moment there may be."""
 
-    def __init__(self, waiting: int, closing: bool = False):
+    def __init__(self, waiting: int, closing: bool = False, one_client: bool = False):
         self.waiting = waiting
         self.closing = closing  # then there will be none here any more
         if closing:
             text = "this server is shutting down; ask another, or this one once it is back"
         else:
-            text = f"{waiting} requests are waiting already; try again in a moment"
+            whose = " of this client, and the places left are for others" if one_client else ""
+            text = f"{waiting} requests are waiting already{whose}; try again in a moment"
         super().__init__(text)
 
 

@@ -30,7 +30,7 @@ from .networks import Chunk, Network
 from .rows import QuestionRow, ServedRow, TextRow
 from .sampling import Drawn, check_numbers, draw_all
 from .slot_cache import PLACES
-from .waiting_line import WaitingLine
+from .waiting_line import WaitingLine, has_room
 
 # After which a thread without work ends; the next request starts another.
 LINGER_S = 2.0
@@ -66,9 +66,11 @@ class Scheduler:
         with self._changed:
             waiting = len(self._line)
             room = self.capacity.waiting + self.capacity.rows - len(self._rows)
-            if self._closing or waiting >= room:
+            own = self._line.of(row.client)
+            if self._closing or not has_room(own, waiting, room):
                 self.stats.refused += 1
-                raise Overloaded(waiting, self._closing)
+                full = waiting >= room
+                raise Overloaded(waiting if full else own, self._closing, one_client=not full)
             self._line.add(row)
             self.stats.waiting = len(self._line)
             if self._thread is None:

@@ -29,6 +29,7 @@ from .limits import RequestLimits
 from .prompts import NoChat, Prompts
 from .refusals import ApiError
 from .told import Telling
+from .waiting_line import has_room, most_of_one
 
 # Of the forty threads in which requests are prepared, that one client has at once: pictures wait in
 # theirs for memory, and others' texts would wait behind them
@@ -103,8 +104,10 @@ class Service:
         """Run work on a client's request in a thread; `param` is the field that it reads. Raises
         ApiError, also while too many requests wait for one already."""
         # Counted without a lock: only the event loop's own thread comes here.
-        if self.prepared >= self.limits.waiting:
-            raise refusal(Overloaded(self.prepared), param)
+        own = self._preparing[client]
+        if not has_room(own, self.prepared, self.limits.waiting):
+            full = self.prepared >= self.limits.waiting
+            raise refusal(Overloaded(self.prepared if full else own, one_client=not full), param)
         self.prepared += 1
         try:
             async with self._turn(client):
@@ -133,7 +136,7 @@ class Service:
         """Return texts that are generated from now on, some for each prompt. Raises ApiError, and
         then none of them is."""
         texts = sum(len(samplings) for _, samplings in asked)
-        most = self.limits.waiting + self.engine.stats.rows
+        most = most_of_one(self.limits.waiting + self.engine.stats.rows)
         # to wait for more would be in vain
         if texts > most:
             raise ApiError(

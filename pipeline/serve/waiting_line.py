@@ -6,6 +6,22 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
+# Times the places that are left that one client may have. Alone it has three quarters of all; two
+# that go on asking come to have three sevenths each.
+SHARE = 3
+
+
+def has_room(own: int, waiting: int, room: int) -> bool:
+    """Whether a client with `own` of all that wait has a place for another one, of `room` places:
+    a threshold that moves with what is left (Choudhury and Hahne, 1998), so that no client takes
+    the place of one that has none waiting."""
+    return own < SHARE * (room - waiting)
+
+
+def most_of_one(room: int) -> int:
+    """Return how many of `room` places a client has that is alone."""
+    return -(-SHARE * room // (SHARE + 1))
+
 
 class _Waiting(Protocol):
     @property
@@ -27,6 +43,10 @@ class WaitingLine(Generic[W]):
 
     def __len__(self) -> int:
         return self._length
+
+    def of(self, client: str) -> int:
+        """Return how many of a client wait."""
+        return len(self._by_client.get(client, ()))
 
     def add(self, waiting: W) -> None:
         """Put one at the end."""

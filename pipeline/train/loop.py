@@ -184,8 +184,10 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     stepping = closing(FusedStep(optimizer)) if plan.fuse_optimizer else nullcontext()
 
     with _asked_to_stop() as stop, buffers, stepping as fused:
-        # after the gradient buffers are made, which stay and need not be given back
-        set_malloc_thresholds(plan.mmap_threshold_bytes, plan.trim_threshold_bytes)
+        # After the gradient buffers are made, which stay and need not be given back. Where nothing
+        # is trained one validation is all, and no block is worth keeping for the next step
+        if task.steps:
+            set_malloc_thresholds(plan.mmap_threshold_bytes, plan.trim_threshold_bytes)
         # reading a checkpoint is no part of the first step
         clock.lap("start")
         # one round more than steps: the last one evaluates and saves what the last step made

@@ -35,7 +35,13 @@ _OTHERS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
     (rb"8BPS", "a Photoshop file"),
-    (rb"\0\0\x01\0|\0\0\x02\0", "an icon"),
+    # an icon says how many pictures it holds where Targa, which has no magic, has no colour map
+    (rb"\0\0[\x01\x02]\0(?!\0\0)", "an icon"),
+    (
+        rb"\0(\0[\x02\x03\x0a\x0b]\0{5}|\x01[\x01\x09].{4}[\x0f\x10\x18\x20]).{8}"
+        rb"[\x01\x08\x0f\x10\x18\x20]",
+        "a Targa picture",
+    ),
     (rb"icns", "an icon"),
     (rb"\x76\x2f\x31\x01", "an OpenEXR picture"),
     (rb"DDS ", "a DDS texture"),

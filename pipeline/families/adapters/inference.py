@@ -223,7 +223,7 @@ class MultiAdapterModel:
         self._check_names(rows)
         if not rows:
             return torch.empty(0, 0)
-        out: dict[int, torch.Tensor] = {}
+        x_ND = torch.empty(0, 0)
         nothing_new = [0] * len(rows)
         for batch in self._batches(rows, nothing_new):
             picked = [rows[i] for i in batch]
@@ -236,9 +236,11 @@ class MultiAdapterModel:
             keep_BT1 = inputs["attention_mask"].unsqueeze(-1)
             sum_BD = (h_BTD * keep_BT1).sum(1)
             mean_BD = sum_BD / keep_BT1.sum(1)
-            out |= zip(batch, mean_BD.cpu(), strict=True)
-        in_order = [out[i] for i in range(len(rows))]
-        return torch.stack(in_order)
+            if not len(x_ND):
+                # Taken once: what a pass leaves would lie between blocks that the next one needs
+                x_ND = torch.empty(len(rows), mean_BD.shape[1])
+            x_ND[batch] = mean_BD.cpu()
+        return x_ND
 
     def _generate(
         self,

@@ -202,7 +202,7 @@ def cost(
     name = f"{stage}-{item}" if item else stage
     plan = memory_plan(cfg, opts, shape, trains, bf16, name)
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
-    stored = stored_bytes(cfg)
+    stored = stored_bytes(cfg, shape)
     begun = passes.gates_bytes(cfg, stack) if trains == "gates" else 0
     frozen = frozen_bytes(shape, trains, bf16, _beside(cfg), expert, stored)
     peak = peak_bytes(
@@ -222,6 +222,7 @@ def cost(
         frozen = frozen_bytes(shape, trains, bf16, _beside(cfg), expert, stored, once=True)
         batch = min(opts.eval_tokens, plan.micro_batch_sequences * shape.context_tokens)
         own = passes.forward_bytes(stack, batch, bf16, int(frozen[1]))
+        own += passes.kernels_bytes(batch, bf16)
         if stored not in (None, 2 if bf16 else 4):
             own += passes.cast_bytes(shape, 2 if bf16 else 4)
         peak = int(frozen[0]) + max(own, begun) + passes.code_bytes()
@@ -297,7 +298,7 @@ def memory_plan(
     # no other training reads how an expert is made: its address has none of it
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
-    stored = stored_bytes(cfg)
+    stored = stored_bytes(cfg, shape)
     begun = passes.gates_bytes(cfg, _stack(cfg, shape)) if gates else 0
     small = trains == "adapter" or (trains == "expert" and cfg.expert.delta_rank > 0)
 
@@ -338,7 +339,9 @@ def stack_shape(cfg: FfnMoeConfig) -> passes.StackShape | None:
 
 def _stack(cfg: FfnMoeConfig, shape: Shape) -> passes.StackShape:
     """Return the sizes of a run's stack."""
-    return passes.StackShape(shape, _stacked(cfg), expert_shape(cfg, shape), stored_bytes(cfg))
+    return passes.StackShape(
+        shape, _stacked(cfg), expert_shape(cfg, shape), stored_bytes(cfg, shape)
+    )
 
 
 def _stacked(cfg: FfnMoeConfig) -> int:

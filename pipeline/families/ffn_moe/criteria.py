@@ -1,6 +1,6 @@
 """What the tables of an ffn_moe run add up to: wins by axis, success criteria, speed, notes.
 
-B sequences, T tokens.
+B sequences, T tokens, N = B*T.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from ...report.schema.language import (
 from .. import Parts
 from .config import FfnMoeConfig
 from .evaluator import EvalRow, Evaluator, NetworkRow
-from .parts import batch_of, token_loss, training_rows
+from .parts import batch_of, token_losses, training_rows
 from .passes import TRAIN_SAMPLE_TOKENS
 from .stages import SEARCHES
 
@@ -149,9 +149,10 @@ def train_test_gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> 
         # The first rows of an order of their own, which no training goes by
         wanted = TRAIN_SAMPLE_TOKENS // rows.context_tokens // len(domains)
         count = max(1, min(wanted, windows))
-        ids_BT = batch_of(rows, 0, count)
-        nats_BT = token_loss(row.trunk, row.ffn, ids_BT, evaluator.bf16)
-        per_domain.append(nats_BT.mean().item())
+        # as many at a time as of held-out text: all at once would take more than any other pass
+        batches = batch_of(rows, 0, count).split(cfg.evaluate.batch_sequences)
+        nats_N = token_losses(row.trunk, row.ffn, batches, evaluator.bf16)
+        per_domain.append(nats_N.mean().item())
     test = evaluator.scores.nats_per_token(row.name)
     return TrainTestGap(test, test - float(np.mean(per_domain)))
 

@@ -19,7 +19,7 @@ from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
 from ...report.schema.language import RowKind
 from .config import FfnMoeConfig
-from .parts import token_loss
+from .parts import token_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,9 @@ class Evaluator:
         predicted."""
         documents = self.documents[domain]
         windows = held_out_windows(self.shards, documents, self.cfg.trunk.context_tokens)
-        losses = []
-        for ids_BT in windows.to(device()).split(self.cfg.evaluate.batch_sequences):
-            nats_BT = token_loss(trunk, ffn, ids_BT, self.bf16)
-            losses.append(nats_BT.flatten())
-        return predicted_nats(torch.cat(losses).cpu().numpy(), documents)
+        batches = windows.to(device()).split(self.cfg.evaluate.batch_sequences)
+        nats_N = token_losses(trunk, ffn, batches, self.bf16)
+        return predicted_nats(nats_N.cpu().numpy(), documents)
 
     def score(
         self,

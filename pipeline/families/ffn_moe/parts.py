@@ -4,7 +4,7 @@ on the device.
 B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +64,32 @@ def token_loss(
     chunk = chunk_of(len(trunk.head), chunk_logits or chunk_logits_on(ids_BT.device.type))
     nats_N = chunked_token_loss(h_ND, trunk.head, target_N, dtype, chunk)
     return nats_N.view(len(ids_BT), -1)
+
+
+def token_losses(
+    trunk: Trunk,
+    ffn: Ffn,
+    batches: Sequence[torch.Tensor],
+    bf16: bool,
+    chunk_logits: int | None = None,
+    told: Callable[[float], None] | None = None,
+) -> torch.Tensor:
+    """Return nats_N of every token after the first of all rows of some ids_BT, one batch after
+    another; `told` hears before each the share that is done.
+
+    What is kept is taken once, before all passes: a few losses kept from each would lie between
+    the blocks that the next one frees and needs, and the heap would grow with every pass.
+    """
+    tokens = sum(len(ids_BT) * (ids_BT.shape[1] - 1) for ids_BT in batches)
+    nats_N = torch.empty(tokens, device=batches[0].device)
+    done = 0
+    for number, ids_BT in enumerate(batches):
+        if told is not None:
+            told(number / len(batches))
+        nats_BT = token_loss(trunk, ffn, ids_BT, bf16, chunk_logits)
+        nats_N[done : done + nats_BT.numel()] = nats_BT.flatten()
+        done += nats_BT.numel()
+    return nats_N
 
 
 def initial_gates(cfg: FfnMoeConfig, parts: Parts, init: str) -> torch.Tensor:

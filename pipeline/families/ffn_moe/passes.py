@@ -4,16 +4,17 @@ L layers, D model width, F feed-forward width, V vocabulary, N tokens of a batch
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from ...config.fit import FitConfig
-from ...hardware import device
+from ...hardware import KEPT_KERNELS, device
 from ...model.chunks import (
     CHUNK_LOGITS,
     PIECE_NUMBERS,
     WHOLE_NUMBERS,
-    chunk_of,
     workspace_bytes,
 )
+from ...model.kernels.shared_base import BLOCK_ROWS, CHUNK_TOKENS
 from ...model.router_init import SQUARE_ROWS, in_a_row
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
@@ -30,6 +31,10 @@ RIDGE_SQUARES = 2  # of D x D in fp64: the one that is solved, and its factors
 RIDGE_GATES = 4.5
 KERNEL_BYTES = 42_000_000  # pages of libraries' files that the first step or pass touches
 MOST_OF_HEAP_BYTES = 2**25  # DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3), where pointers have 8 bytes
+# of a bf16 product of any sizes: its kernel, which is kept for the next of the same
+PRODUCT_BYTES = 610_000
+DENSE_PRODUCTS = 8  # a pass's kinds of products: attention's, a network's, the head's
+EXPERT_PRODUCTS = 4  # and an expert's, for every number of rows that it may have
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 # Of a .gguf file each entry of the vocabulary is five numpy arrays while the gguf package reads it:
 # its length, its text and its kind, and the same two of a merge (161 MB of 49,152 entries)
@@ -74,6 +79,16 @@ def heap_bytes() -> int:
     return 0 if device() == "cuda" else HEAP_BYTES
 
 
+def kernels_bytes(tokens: int, bf16: bool, lengths: int = 0) -> int:
+    """Return what kernels of products take that passes of a stack over N tokens leave; lengths: how
+    many other numbers of tokens there are passes over."""
+    if not bf16 or device() == "cuda":
+        return 0
+    blocks = ceil(min(tokens, CHUNK_TOKENS) / BLOCK_ROWS)
+    products = DENSE_PRODUCTS * (1 + lengths) + EXPERT_PRODUCTS * blocks
+    return PRODUCT_BYTES * min(KEPT_KERNELS, products)
+
+
 def forward_bytes(stack: StackShape, tokens: int, bf16: bool, cast: int = 0) -> int:
     """Return what a pass over N tokens takes that keeps nothing, beside the weights and code; cast:
     bytes of weights that are cast for the layer that runs. Layers come first, then the head."""
@@ -87,9 +102,6 @@ def head_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
     # what the last layer gives, before its norm and after
     rows = 2 * 4 * tokens * shape.d_model
     logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, unit)
-    if bf16:
-        # torch's softmax casts all of its input before it begins
-        logits += 4 * min(tokens, chunk_of(shape.vocab_size)) * shape.vocab_size
     return rows + logits
 
 
@@ -266,16 +278,19 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     if rivals:
         # One at a time
         mapped += 4 * stack.shape.stack_parameters(max(rivals))
-    batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
-    # The training text of each domain behind a gap runs at once
-    batch = max(min(batch, tokens), TRAIN_SAMPLE_TOKENS // domains)
+    # of held-out text of a domain, or of the training text behind a gap
+    longest = max(cfg.evaluate.tokens_per_domain, TRAIN_SAMPLE_TOKENS // domains)
+    batch = min(cfg.evaluate.batch_sequences * cfg.trunk.context_tokens, longest)
     taken = forward_bytes(stack, batch, bf16, layer_bytes(stack, own, bf16))
+    # Every token that is written makes a text of another length
+    taken += kernels_bytes(batch, bf16, written)
     if device() != "cuda":
         # A report leaves glibc its own thresholds, so blocks come from the heap, whose holes are
         # about as large as what is in use (pass_memory)
         taken += from_heap_bytes(stack.shape, batch, bf16)
     unit = 2 if bf16 else 4
-    if (stack.stored or 4) != unit:
+    # Dense models are stored in fp32
+    if (stack.stored or 4) != unit or (rivals and bf16):
         taken += cast_bytes(stack.shape, unit)
     if everything and device() != "cuda":
         # Untrained gates are made of the statistics of the anchor and all experts, between passes

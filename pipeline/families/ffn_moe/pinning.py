@@ -1,7 +1,7 @@
 """What stands for the trunk's training where a pretrained trunk is taken as it is: a pin, the
 trunk's settings and the dummy's statistics.
 
-B sequences, T tokens.
+B sequences, T tokens, N = B*T.
 """
 
 import json
@@ -22,7 +22,7 @@ from .config import FfnMoeConfig
 from .parts import (
     check_vocabulary,
     feature_statistics,
-    token_loss,
+    token_losses,
 )
 from .pretrained import pin_pretrained
 
@@ -74,10 +74,9 @@ def _validated(
     held_out: Sequence[torch.Tensor],
 ) -> float:
     """Return mean nats of the held-out batches, by progress."""
-    bf16 = uses_bf16(cfg.dtype)
-    nats = []
-    for done, ids_BT in enumerate(held_out):
-        parts.progress("loss on the validation set", done / len(held_out))
-        nats_BT = token_loss(trunk, dummy, ids_BT, bf16)
-        nats.append(nats_BT.flatten())
-    return torch.cat(nats).mean().item()
+
+    def told(done: float) -> None:
+        parts.progress("loss on the validation set", done)
+
+    nats_N = token_losses(trunk, dummy, held_out, uses_bf16(cfg.dtype), told=told)
+    return nats_N.mean().item()

@@ -1,7 +1,7 @@
 """One model of a run measured by itself: bits per byte of held-out documents, which are the same
 for models of any tokenizer as long as text and splits are.
 
-B sequences, T tokens, n documents.
+B sequences, T tokens, N = B*T, n documents.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
@@ -22,7 +21,7 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .evaluator import held_out_windows, predicted_nats
 from .joint.network import opened
-from .parts import EVALUATION_SEQUENCES, shards_of, stored_settings, token_loss
+from .parts import EVALUATION_SEQUENCES, shards_of, stored_settings, token_losses
 from .stack import assemble
 from .stages import MODEL_STAGES, STACK
 
@@ -72,11 +71,9 @@ def _bits_per_byte(
     cfg: FfnMoeConfig, shards: Shards, documents: Documents, trunk: Trunk, ffn: Ffn
 ) -> float:
     windows = held_out_windows(shards, documents, cfg.trunk.context_tokens)
-    losses = []
-    for ids_BT in windows.to(device()).split(EVALUATION_SEQUENCES):
-        nats_BT = token_loss(trunk, ffn, ids_BT, uses_bf16(cfg.dtype))
-        losses.append(nats_BT.flatten())
-    nats_T = predicted_nats(torch.cat(losses).cpu().numpy(), documents)
+    batches = windows.to(device()).split(EVALUATION_SEQUENCES)
+    nats_N = token_losses(trunk, ffn, batches, uses_bf16(cfg.dtype))
+    nats_T = predicted_nats(nats_N.cpu().numpy(), documents)
     return float(nats_T.sum() / documents.bytes_n.sum() / LN2)
 
 

@@ -44,7 +44,7 @@ from .parts import (
     shards_of,
     stored_experts,
     stored_trunk,
-    token_loss,
+    token_losses,
     training_expert,
     training_rows,
     training_tokens,
@@ -353,12 +353,9 @@ def text_task(
         return _mean_nats(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
 
     def validate() -> float:
-        nats = []
         with evaluating(ffn):
-            for ids_BT in held_out:
-                nats_BT = token_loss(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
-                nats.append(nats_BT.flatten())
-        return torch.cat(nats).mean().item()
+            nats_N = token_losses(trunk, ffn, held_out, bf16, plan.chunk_logits)
+        return nats_N.mean().item()
 
     # No other training reads how an expert is made, or how many are chosen: its address has neither
     expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None

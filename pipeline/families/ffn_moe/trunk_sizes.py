@@ -58,17 +58,15 @@ def is_gguf(cfg: FfnMoeConfig) -> bool:
     return place is not None and ModelSource(place).is_gguf
 
 
-def stored_bytes(cfg: FfnMoeConfig) -> int | None:
-    """Return the bytes of a number in the files of a pinned trunk; None where it is no pin."""
+def stored_bytes(cfg: FfnMoeConfig, shape: Shape) -> int | None:
+    """Return the bytes of a number in the files of a pinned trunk of known shape; None where it is
+    no pin."""
     if not cfg.trunk.is_pinned:
         return None
     place = on_this_machine("trunk.init", str(cfg.trunk.init), cfg.trunk.revision)
     if place is None:
         return DECODED_BYTES
     if ModelSource(place).is_gguf:
-        shape = trunk_shape(cfg)
-        if shape is None:
-            return DECODED_BYTES
         # By its size, as its list of tensors stands behind a vocabulary that takes seconds to read;
         # what is not rounded to fewer bits is kept as it is
         each = place.stat().st_size / (shape.trunk_parameters + shape.ffn_parameters)

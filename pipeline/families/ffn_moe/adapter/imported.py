@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ....data.text.mixture import DomainMixture
 from ....hardware import device, uses_bf16
 from ....model.language_model import filled
@@ -33,7 +31,7 @@ from ..imported import (
     taken_statistics,
     text_for,
 )
-from ..parts import batch_of, token_loss
+from ..parts import batch_of, token_losses
 from .model import Adapted, Options, base_ref, stored_base
 from .statistics import read_layers, text_statistics
 
@@ -118,8 +116,5 @@ def _mean_nats(cfg: FfnMoeConfig, model: Adapted, rows: DomainMixture) -> float:
     """Return mean nats of the first rows, one after another so that they take no more memory than
     one."""
     count = max(1, min(PROBED, rows.tokens() // rows.context_tokens))
-    nats = []
-    for number in range(count):
-        ids_BT = batch_of(rows, number, 1)
-        nats.append(token_loss(model, filled, ids_BT, uses_bf16(cfg.dtype)))
-    return torch.cat(nats).mean().item()
+    batches = [batch_of(rows, number, 1) for number in range(count)]
+    return token_losses(model, filled, batches, uses_bf16(cfg.dtype)).mean().item()

@@ -40,13 +40,17 @@ def first_tokens_of(evaluator: Evaluator, stack: RequestStack, prompts: Sequence
     most = max(prompts)
     for domain, documents in evaluator.documents.items():
         starts = _starts(evaluator.shards, domain, documents, most)
-        found: dict[int, list[torch.Tensor]] = {prompt: [] for prompt in prompts}
+        done = 0
         for ids_BT in _batches(starts, evaluator.cfg.evaluate.batch_sequences):
             x_BTSD = stack.model.states(ids_BT, stack.text_router.layers, evaluator.bf16)
             for prompt in prompts:
-                found[prompt].append(first_tokens(x_BTSD, prompt))
-        for prompt in prompts:
-            out[prompt][domain] = torch.cat(found[prompt])
+                x_BSD = first_tokens(x_BTSD, prompt)
+                # Taken once: what each pass leaves would lie between the blocks that the next needs
+                if domain not in out[prompt]:
+                    size = (len(starts), *x_BSD.shape[1:])
+                    out[prompt][domain] = x_BSD.new_empty(size)
+                out[prompt][domain][done : done + len(ids_BT)] = x_BSD
+            done += len(ids_BT)
     return out
 
 
