@@ -50,12 +50,16 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def visit(browser):
-    """Open a file; in the end it has neither complained nor asked for anything else."""
+    """Open a file, in a browser of the language told; in the end it has neither complained nor
+    asked for anything else."""
     contexts = []
     heard = []
 
-    def opened(path, **options):
+    def opened(path, language=None, **options):
         context = browser.new_context(**options)
+        if language:
+            found = json.dumps({"value": language, "configurable": True})
+            context.add_init_script(f"Object.defineProperty(navigator, 'language', {found})")
         context.set_default_timeout(browsing.PATIENCE_MS)
         contexts.append(context)
         page = context.new_page()
@@ -83,6 +87,12 @@ def scrolled(chart):
 def rgb(colour):
     """Return the parts of a colour of the style sheet."""
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_the_language_of_a_browser_under_the_c_locale_costs_no_chart(visit, made):
+    charts = [visit(made[0], language=each).locator(CHART) for each in (None, "en-US@posix")]
+    expect(charts[1]).to_have_count(charts[0].count())
+    assert charts[0].count()
 
 
 def test_a_hover_tells_the_nearest_line_and_every_value_there(visit, made):

@@ -114,6 +114,14 @@ chart, or spread two fingers, to zoom; double click, or &ldquo;all&rdquo;, to se
 licence.</footer>
 </main>
 <script type="application/json" id="data">{{ data }}</script>
+<script>
+// Under the C locale a browser calls its language en-US@posix, at which the library below gives up.
+try {
+  new Intl.NumberFormat(navigator.language);
+} catch (_) {
+  Object.defineProperty(navigator, "language", { value: "en-US" });
+}
+</script>
 <script>{{ library }}</script>
 <script>{{ script }}</script>
 </body>
