@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from pipeline import hardware
 from pipeline.config.base import Section, is_hashed
 from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
@@ -365,7 +364,7 @@ def test_a_mixture_of_deltas_in_bf16_is_planned_as_it_was_measured(tmp_path):
     more -= planned(bf16=False, stage="evaluate", evaluate=much)
     cast = 4 * (chunks.PIECE_NUMBERS + 1536 * 8960) / 1e6
     computed = 2 * 3 * 8960 * 64 * 64 / 1e6
-    kernels = passes.PRODUCT_BYTES * hardware.KEPT_KERNELS / 1e6
+    kernels = passes.kernels_bytes(64 * 64, True) / 1e6
     assert more == pytest.approx(one_layer + kernels - cast - computed, abs=1)
 
 
@@ -424,7 +423,8 @@ def test_a_report_is_planned_as_it_was_measured(tmp_path, monkeypatch):
 
 def test_a_report_in_bf16_counts_kernels_and_what_is_cast_of_dense_models(tmp_path):
     """347 MB above imports and mapped files on SmolLM2-135M with a dense model beside three
-    experts, 342 of them planned; 1,365 before its passes left no losses between their blocks."""
+    experts and 128 kernels, 342 of them planned; 1,365 before its passes left no losses between
+    their blocks."""
 
     def planned(bf16=True, **changes):
         cfg = _of_1_5_b(tmp_path, **changes)

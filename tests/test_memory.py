@@ -239,9 +239,9 @@ def test_kernels_of_products_of_many_lengths_have_a_bound():
         script = KERNELS.format(call)
         told = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=unbounded)
         grown[call] = int(told)
-    if grown["pass"] < 100 * MB:
+    if grown["pass"] < 160 * MB:
         pytest.skip("this processor's products keep no kernel a length")
-    assert grown["bound_kernel_caches()"] < 90 * MB
+    assert grown["bound_kernel_caches()"] < 130 * MB
 
 
 def test_a_bound_of_kernels_that_the_environment_has_stays(monkeypatch):

@@ -96,7 +96,7 @@ def _endpoint_problems(cfg: RunConfig, prices: Prices) -> Iterator[str]:
     regions = prices.region_problems("", placed(modal).regions)
     if not (regions or prices.problems("endpoint", machine)):
         yield from endpoint_cost_problems(modal, prices)
-    # All come from Modal's own server in front, as one client
+    # Where none has a key all may come as one client, as Modal's own server is in front
     most = most_of_one(cfg.serve.max_batch + cfg.serve.max_waiting)
     if machine.max_inputs > most:
         yield (

@@ -13,8 +13,8 @@ SHARE = 3
 
 def has_room(own: int, waiting: int, room: int) -> bool:
     """Whether a client with `own` of all that wait has a place for another one, of `room` places:
-    a threshold that moves with what is left (Choudhury and Hahne, 1998), so that no client takes
-    the place of one that has none waiting."""
+    a threshold that moves with what is left (Choudhury and Hahne, 1998), so that one client leaves
+    places for those that have none waiting."""
     return own < SHARE * (room - waiting)
 
 
