@@ -408,14 +408,20 @@ def test_a_store_that_cannot_be_written(finished, small_disk, capfd):
     assert "Read-only file system" in text and "--store" in text
 
 
+# What a job finds: all of it imported, and nothing of that looked through for garbage ever again
+FOUND = """
+import gc, sys
+assert "pipeline.run.forked" in sys.modules
+assert gc.isenabled()
+assert gc.get_freeze_count() > len(gc.get_objects())
+"""
 FORK = """
 import multiprocessing, sys
 sys.path.insert(0, sys.argv[1])
 from pipeline.run import backend
 backend.PRELOAD["ffn_moe"] = []
 backend._have_forked_from("ffn_moe")
-look = f"import sys; sys.exit({backend.FORKED!r} not in sys.modules)"
-process = multiprocessing.get_context("forkserver").Process(target=exec, args=(look,))
+process = multiprocessing.get_context("forkserver").Process(target=exec, args=(sys.argv[2],))
 process.start()
 process.join()
 sys.exit(process.exitcode or "PYTHONPATH" in backend.os.environ)
@@ -427,7 +433,7 @@ def test_jobs_are_forked_from_what_is_imported_already_in_any_folder(tmp_path):
     """Else every job imports all of it anew, and nobody is told."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", FORK, str(ROOT)],
+        [sys.executable, "-c", FORK, str(ROOT), FOUND],
         cwd=tmp_path,
         env=variables,
         capture_output=True,

@@ -39,6 +39,7 @@ SHORT_PICTURES = [
     *("evaluate.smoke=true", "evaluate.smoke_rows=4", "evaluate.bootstrap=10"),
     *("dataset.per_expert={train: 8, valid: 4, test: 2}", "dataset.short=accept"),
     "runtime.threads=1",
+    *(f"loras.experts.{name}.overrides.steps=2" for name in ("color", "ocr")),
     *(
         f"loras.experts.{name}.dataset.synthetic={{train: 20, valid: 8, test: 8}}"
         for name in ("color", "ocr", "count", "detect")

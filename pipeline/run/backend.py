@@ -35,8 +35,9 @@ from .identity import note_made
 from .job import done, run_job
 from .stages import Addresses, label
 
-# What the process that jobs are forked from imports first
+# What the process that jobs are forked from imports first, and last
 FORKED = f"{__package__}.forked"
+IMPORTED = f"{__package__}.imported"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 SEARCHED = "PYTHONPATH"
 FORKS = sys.platform == "linux"
@@ -214,7 +215,7 @@ def _start(
 
 def _have_forked_from(name: str) -> None:
     """Have the process run that jobs are forked from, which imports what a family needs."""
-    forkserver.set_forkserver_preload([FORKED, *PRELOAD[name]])
+    forkserver.set_forkserver_preload([FORKED, *PRELOAD[name], IMPORTED])
     with interrupts.held_back(), _importable():
         forkserver.ensure_running()
 

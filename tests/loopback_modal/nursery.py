@@ -214,10 +214,13 @@ def main() -> None:
     dies_with_parent()
     # A terminal sends it to all; the server ends its containers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Nothing of it is garbage
+    gc.disable()
     for name in LIBRARIES:
         importlib.import_module(name)
     # A container that collects would look through all of it, and so have a copy of its own
     gc.freeze()
+    gc.enable()
     # Volumes are folders of this machine, which goes on when a container is killed
     os.fsync = lambda _handle: None
     spec = _serve(socket.socket(fileno=int(sys.argv[1])))
