@@ -376,7 +376,7 @@ REFUSED = {
     "2 GB of padding, sealed": (pad_and_seal, "nothing may stand behind them"),
     "2 GB of header": (long_header, "has a header of 2,147,483,640 bytes"),
     "NaN": (lambda p: with_tensors(p, _nan), "1 tensor is not finite"),
-    "numbers that overflow": (lambda p: with_tensors(p, _huge), "computes what is not finite"),
+    "numbers that overflow": (lambda p: with_tensors(p, _huge), "compute what is not finite"),
     "another dtype": (lambda p: with_tensors(p, _half), "as F16"),
     "another shape": (lambda p: with_tensors(p, _narrow), "and here it is F32"),
     "another name": (lambda p: with_tensors(p, _renamed), "expert.safetensors lacks model.layers"),

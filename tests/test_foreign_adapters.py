@@ -19,15 +19,18 @@ from fakes import FolderParts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.base import merge
 from pipeline.data.text.tokenizer import train as train_tokenizer
 from pipeline.errors import DataError
+from pipeline.families import ExportWish
 from pipeline.families.adapters import foreign, peft_io
 from pipeline.families.ffn_moe import family
 from pipeline.families.ffn_moe.adapter.evaluate import tables
 from pipeline.families.ffn_moe.adapter.stack import assemble
 from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.export.formats import export
 from pipeline.families.ffn_moe.parts import shards_of, training_rows
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
@@ -193,6 +196,7 @@ VARIANTS = {
     ),
     "some modules": ({"target_modules": ["q_proj", "v_proj"]}, (4, 8)),
     "some layers": ({"layers_to_transform": [1]}, (4, 8)),
+    "no layers, which are all": ({"layers_to_transform": []}, (4, 8)),
     "by an expression": ({"target_modules": r".*\.(q_proj|up_proj)"}, (4, 8)),
     "all that is linear": ({"target_modules": "all-linear"}, (4, 8)),
     "one name": ({"target_modules": ["layers.0.self_attn.o_proj"]}, (4, 8)),
@@ -219,6 +223,21 @@ def test_whatever_its_ranks_and_scales_it_computes_what_it_did(run, tmp_path, se
     assert (about["r"], about["lora_alpha"]) == kept
     assert not (about["rank_pattern"] or about["alpha_pattern"] or about["use_rslora"])
     check_same_logits(run, parts, source)
+
+
+def test_merged_into_the_trunk_it_has_its_own_scale(run, tmp_path):
+    """Of another rank and alpha than the run's own adapters, and over the rank's root."""
+    source = saved(shaken(adapted(run, use_rslora=True, r=5)), tmp_path / "adapter")
+    parts = importing(run, source, tmp_path / "run", **EASY)
+    imported(parts)
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    export(parts.cfg, parts, ExportWish("expert", GUEST), folder, quiet)
+    ids_BT = texts(run)
+    with torch.no_grad():
+        wanted_BTV = PeftModel.from_pretrained(stock(run), source).eval()(ids_BT).logits
+        found_BTV = AutoModelForCausalLM.from_pretrained(folder)(ids_BT).logits
+    torch.testing.assert_close(found_BTV, wanted_BTV, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -351,6 +370,26 @@ def _magnitudes(tensors):
     tensors[f"{module}.lora_magnitude_vector"] = torch.ones(16)
 
 
+def _of_head(tensors):
+    vocab = 300
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 16)
+    tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(vocab, 4)
+
+
+def _under_head(tensors):
+    tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(4, 16)
+
+
+def _of_a_state_dict(tensors):
+    for name in sorted(tensors):
+        tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+
+def _of_64_bits(tensors):
+    for name in tensors:
+        tensors[name] = tensors[name].double()
+
+
 def _of_embedding(tensors):
     tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 16)
 
@@ -376,6 +415,11 @@ def padded(folder):
 def pickled(folder):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({}, folder / "adapter_model.bin")
+
+
+def sharded(folder):
+    (folder / TENSORS).rename(folder / "adapter_model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
 
 
 def linked(folder):
@@ -423,14 +467,25 @@ REFUSED = {
     "whole weights": (_edit(_whole_weights), "weights of the base itself"),
     "lengths of columns": (_edit(_magnitudes), "lengths of columns (DoRA)"),
     "an embedding": (_edit(_of_embedding), "an adapter of an embedding"),
+    "an adapter of the head": (
+        _edit(_of_head),
+        "without embed_tokens and lm_head among its target_modules",
+    ),
+    "the head under one": (
+        _edit(_under_head),
+        "without embed_tokens and lm_head among its target_modules",
+    ),
+    "names of a state_dict": (_edit(_of_a_state_dict), "have save_pretrained write it"),
+    "64 bits": (_edit(_of_64_bits), "adapters here are F32, F16, BF16; save it in one of these"),
     "words that move a cursor": (_edit(_strange_name), "weights of the base itself"),
     "integers": (_edit(_integers), "which is no floating-point number"),
-    "torn": (torn, "its tensors take"),
+    "torn": (torn, "it is torn; copy it again"),
     "2 GB of padding": (padded, "nothing may stand behind them"),
     "offsets that lie": (elsewhere_in_file, "lies elsewhere than it can"),
     "a pickle": (pickled, "adapter_model.bin may hold pickled objects"),
     "a pickle by another name": (_text(TENSORS, b"\x80\x04K\x01."), "torn, or no safetensors"),
     "an empty file": (_text(TENSORS, b""), "is empty"),
+    "several files": (sharded, "with a larger max_shard_size"),
     "a link": (linked, "is a link"),
     "no tensors": (without(TENSORS), f"{TENSORS} is not there"),
     "no settings": (without(CONFIG), "neither expert.json, of a package, nor"),

@@ -17,6 +17,8 @@ from .tensor_header import Wanted, found_tensors
 SETTINGS = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+# Of tensors in several files, as transformers' save_pretrained cuts them; PEFT opens none such
+INDEXES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SETTINGS_BYTES = 1 << 20
 
 
@@ -48,6 +50,11 @@ def open_saved(source: ExpertSource) -> SavedAdapter:
             raise ForeignFile(
                 f"{PICKLED} may hold pickled objects, which run when they are opened; load it "
                 f"where you trust it, and save_pretrained it as {TENSORS}"
+            )
+        if any(place.has(name) for name in INDEXES):
+            raise ForeignFile(
+                f"its tensors are in several files, and PEFT's {TENSORS} is one; save it with a "
+                "larger max_shard_size"
             )
         raise ForeignFile(f"{TENSORS} is not there; name the folder that save_pretrained wrote")
     try:

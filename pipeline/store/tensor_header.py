@@ -18,6 +18,7 @@ KNOWN_METADATA: tuple[dict[str, str], ...] = ({}, {"format": "pt"})
 LENGTH_BYTES = 8
 # Of some hundred bytes a tensor; a model of a hundred layers has a few hundred of them
 HEADER_BYTES = 4 << 20
+FLOATS = ("F32", "F16", "BF16")
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 # By name: dtype as safetensors calls it, and shape
 Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -30,7 +31,9 @@ def check_tensors(file: BinaryIO, name: str, size: int, wanted: Wanted) -> None:
     header, end = _header(file, name, size)
     metadata = header.pop(METADATA, {})
     if metadata not in KNOWN_METADATA:
-        raise ForeignFile(f"{name} holds words beside its tensors ({METADATA}); pack it anew")
+        raise ForeignFile(
+            f"{name} holds words beside its tensors ({METADATA}); write it anew without"
+        )
     missing = sorted(wanted.keys() - header.keys())
     strange = sorted(header.keys() - wanted.keys())
     if missing or strange:
@@ -39,6 +42,11 @@ def check_tensors(file: BinaryIO, name: str, size: int, wanted: Wanted) -> None:
     at = 0
     for tensor, entry in sorted(header.items(), key=_start):
         at = _next(name, tensor, entry, wanted[tensor], at)
+    if end + at > size:
+        raise ForeignFile(
+            f"{name} has {size:,} bytes, and its tensors take {end + at:,}: it is torn; copy it "
+            "again"
+        )
     if end + at != size:
         raise ForeignFile(
             f"{name} has {size:,} bytes, and its tensors take {end + at:,}; nothing may stand "
@@ -58,7 +66,10 @@ def found_tensors(file: BinaryIO, name: str, size: int) -> Wanted:
         whole = isinstance(shape, list) and all(type(each) is int for each in shape)
         if dtype not in WIDTHS or not isinstance(shape, list) or not whole:
             text = ascii(f"{tensor[:60]} as {dtype} {shape}"[:120]).strip("'")
-            raise ForeignFile(f"{name} has {text}, and adapters here are {', '.join(WIDTHS)}")
+            raise ForeignFile(
+                f"{name} has {text}, and adapters here are {', '.join(FLOATS)}; save it in one of "
+                "these"
+            )
         found[tensor] = (str(dtype), tuple(shape))
     return found
 

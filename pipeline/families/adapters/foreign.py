@@ -21,14 +21,19 @@ from ...store.expert_package import ABOUT, EXPERT, Package, open_expert
 from ...store.foreign import ForeignFile
 from ...store.package_place import ExpertSource
 from ...store.saved_adapter import TENSORS, SavedAdapter
-from ...store.tensor_header import Wanted
+from ...store.tensor_header import FLOATS, Wanted
 from .saved_settings import LoraNumbers, read_numbers
 
 PREFIX = "base_model.model."
 _PART = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
+# Under an adapter of its own the head's or the embedding's own weights, which PEFT saves beside it
+_UNDER = ".base_layer."
 _NUMBERED = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
-FLOATS = ("F32", "F16", "BF16")
 HEAD = "lm_head"
+_OF_ENDS = (
+    "an adapter of an embedding or a head, and here linear layers before the head alone have some; "
+    "train it without embed_tokens and lm_head among its target_modules, or merge it"
+)
 _SHOWN = 3
 
 Opened = Package | SavedAdapter
@@ -108,6 +113,8 @@ def _checked(core: nn.Module, name: str, found: Wanted, numbers: LoraNumbers) ->
         match = _PART.fullmatch(key)
         if match is None:
             raise ForeignFile(f"{name} holds {_shown([key])}: {_what(key)}")
+        if match[1] == HEAD:
+            raise ForeignFile(f"{name} holds {_shown([key])}: {_OF_ENDS}")
         parts.setdefault(match[1], {})[match[2]] = kept
     if not parts:
         raise ForeignFile(f"{name} holds no tensor")
@@ -281,8 +288,10 @@ def _what(key: str) -> str:
     """Return what a tensor is that stands for no product of two matrices."""
     if "lora_magnitude_vector" in key:
         return "lengths of columns (DoRA), which no adapter here has"
-    if "lora_embedding" in key:
-        return "an adapter of an embedding, and here linear layers alone have some"
+    if "lora_embedding" in key or _UNDER in key:
+        return _OF_ENDS
+    if ".lora_A." in key or ".lora_B." in key:
+        return "not as PEFT names it; have save_pretrained write it"
     if ".lora_" in key:
         return "a part of an adapter that none here has"
     return "weights of the base itself, as modules_to_save and resized embeddings leave them"

@@ -114,7 +114,9 @@ def read_numbers(settings: Mapping[str, Any]) -> LoraNumbers:
     can hold."""
     if settings.get("peft_type") != "LORA":
         kind = ascii(settings.get("peft_type"))[:40]
-        raise ForeignFile(f"{SETTINGS} is of the kind {kind}, and adapters here are LORA")
+        raise ForeignFile(
+            f"{SETTINGS} is of the kind {kind}, and adapters here are LORA; train one"
+        )
     _refuse_others(settings)
     rank = settings.get("r")
     alpha = settings.get("lora_alpha")
@@ -143,18 +145,20 @@ def _refuse_others(settings: Mapping[str, Any]) -> None:
         if key in _READ or key in _OF_TRAINING or not value or value == usual.get(key):
             continue
         shown = f"{ascii(key)[:40]} to {ascii(value)[:60]}".replace("'", "")
-        why = _REFUSED.get(key, "and no adapter here has that")
+        why = _REFUSED.get(key, "no adapter here has that")
         raise ForeignFile(f"{SETTINGS} sets {shown}: {why}; train it without, or merge it")
     start = settings.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ForeignFile(
             f"{SETTINGS} sets init_lora_weights to {ascii(start)[:40]}: its base's own weights "
-            "were changed as it began; save it with path_initial_model_for_weight_conversion"
+            "were changed as it began; save it with path_initial_model_for_weight_conversion, or "
+            "merge it"
         )
     task = settings.get("task_type")
     if task not in _TASKS:
         raise ForeignFile(
-            f"{SETTINGS} is of the task {ascii(task)[:40]}, and adapters here are of CAUSAL_LM"
+            f"{SETTINGS} is of the task {ascii(task)[:40]}, and adapters here are of CAUSAL_LM; "
+            "train it as one of these"
         )
 
 
@@ -179,7 +183,8 @@ def _pattern(
         if not _PLAIN.fullmatch(name) or not is_right(value):
             shown = f"{ascii(name)[:60]}: {ascii(value)[:40]}"
             raise ForeignFile(
-                f"{SETTINGS} has {shown} in {key}, and only names of modules are taken there"
+                f"{SETTINGS} has {shown} in {key}, and only names of modules are taken there; "
+                "write one of each"
             )
     return found
 
@@ -196,9 +201,12 @@ def _targets(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _layers(settings: Mapping[str, Any]) -> tuple[int, ...] | None:
     found = settings.get("layers_to_transform")
-    if found is None:
+    # PEFT takes none in a list for all of them
+    if found is None or found == []:
         return None
     numbers = found if isinstance(found, list) else [found]
-    if not numbers or not all(type(number) is int for number in numbers):
-        raise ForeignFile(f"{SETTINGS} sets layers_to_transform to {ascii(found)[:40]}")
+    if not all(type(number) is int for number in numbers):
+        raise ForeignFile(
+            f"{SETTINGS} sets layers_to_transform to {ascii(found)[:40]}, and layers have numbers"
+        )
     return tuple(numbers)

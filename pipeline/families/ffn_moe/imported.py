@@ -184,7 +184,7 @@ def check_runs(trunk: Trunk, ffn: Ffn, tokens: int) -> None:
     with torch.no_grad():
         h_BTD = trunk.hidden(ids_BT, ffn)
     if not torch.isfinite(h_BTD).all():
-        raise ForeignFile(f"{EXPERT} computes what is not finite (NaN or infinite)")
+        raise ForeignFile("its numbers compute what is not finite (NaN or infinite)")
 
 
 def _brought(

@@ -19,7 +19,7 @@ from ....protocols import Progress
 from ....report import LanguageReport
 from ....store.artifacts import sha256, write_text
 from ....store.bundle import SUMS, write_sums
-from ....store.reading import read_bytes
+from ....store.reading import read_bytes, read_object
 from ....store.streamed import Streamed
 from ... import ExportWish, Parts
 from ..bundle import stock_settings
@@ -43,7 +43,9 @@ from .tensors import (
     trunk_tensors,
 )
 
-LORA = "adapter/adapter_model.safetensors"  # of an expert that is an adapter
+# Of an expert that is an adapter, as adapters/peft_io.py has them, which imports PEFT
+LORA = "adapter/adapter_model.safetensors"
+LORA_SETTINGS = "adapter/adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,9 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
         what = f"The trunk with the adapter of the expert {wish.expert} merged into it"
         lora = parts.tensors("train_experts", LORA, wish.expert)
         whole = trunk_tensors(trunk) | expert_tensors(dummy)
-        merged = adapted_tensors(whole, lora, cfg.expert.delta_scale)
+        # One that was trained elsewhere has a rank and an alpha of its own
+        made = read_object(parts.folder("train_experts", wish.expert) / LORA_SETTINGS)
+        merged = adapted_tensors(whole, lora, made["lora_alpha"] / made["r"])
         return _dense(merged, what, wish.expert, addresses, wish.expert)
     # Opened and hashed one by one, so those that are not wanted are left alone
     fewer = cfg.expert.model_copy(update={"domains": names})
