@@ -57,6 +57,7 @@ STAGES = table(
         reads=(*_TRAINED, "lr_search"),
         reads_also="expert_reads",
         settings="loras.experts.{item}.overrides",
+        version=2,  # a rate that keeps eight tenths of the best gain is as good
         machine="train_experts",
         secrets=("wandb", "hub"),
     ),
@@ -87,6 +88,7 @@ STAGES = table(
         reads=(*_TRAINED, "lr_search"),
         reads_also="router_reads",
         settings="loras.router",
+        version=2,  # a rate that keeps eight tenths of the best gain is as good
         machine="train_router",
         secrets=("wandb", "hub"),
     ),
