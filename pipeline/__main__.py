@@ -4,11 +4,12 @@ DIR]`."""
 import os
 import sys
 
-from . import interrupts
+from . import garbage, interrupts
 
 if __name__ == "__main__":
     # First of all: what is imported below takes a second, in which there is nothing to be saved
     interrupts.end_at_once(interrupts.STOPPED, "stopped\n")
+    garbage.seldom()
 
 import argparse
 import contextlib

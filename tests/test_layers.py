@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("credentials",),
-    ("errors", "protocols", "interrupts"),
+    ("errors", "protocols", "interrupts", "garbage"),
     ("hardware", "config", "model", "metrics", "report"),
     ("store",),
     ("data", "train"),

@@ -72,11 +72,18 @@ def positions(path: Path) -> dict[str, Any]:
     """Return how a file of a kind that trunks are of stretches positions, as a Hugging Face config
     field: the library passes over it. Raises ValueError for a way that has no name there, and for
     one of several files that are a model together."""
+    state = path.stat()
+    return dict(_positions(str(path), state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=2)
+def _positions(name: str, _mtime_ns: int, _bytes: int) -> dict[str, Any]:
+    path = Path(name)
     # Seconds are saved, as the vocabulary is read word by word: nearly no file has these entries
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         if all(content.find(entry, 0, HEAD_BYTES) < 0 for entry in TELLING):
             return {}
-    stated = _read_whole(str(path))
+    stated = _read_whole(name)
     arch = stated("general.architecture")
     rope = f"{arch}.rope"
     # As llama.cpp takes what is not said, and what was said by older files

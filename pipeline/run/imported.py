@@ -1,8 +1,6 @@
 """Imported by the process that jobs are forked from, after all the rest: no job looks for garbage
-in what was imported, which would take a third of a second each time and, as Python notes what it
-has seen in the objects themselves, a copy of 110 MB of them."""
+in what was imported, which would take a third of a second each time and a copy of 110 MB of it."""
 
-import gc
+from .. import garbage
 
-gc.freeze()
-gc.enable()
+garbage.as_usual()

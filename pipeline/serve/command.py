@@ -1,10 +1,12 @@
 """The command `serve`: what was typed, as an application that listens."""
 
 import argparse
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import garbage
 from ..config.serving import ServeConfig
 from ..store.bundle import about
 from . import logs
@@ -44,12 +46,20 @@ def serve(
     wanted = wanted.model_copy(update=_typed(args))
     app = closed(access, ConnectionLimits(connections=wanted.max_connections))
     image_hosts = tuple(args.allow_image_hosts)
+
+    def load() -> None:
+        open_bundle(app, folder, wanted, image_hosts)
+        # What opening has left behind goes; the rest stays for good, and to look through it for
+        # what requests leave behind would hold all texts up for a third of a second
+        gc.collect()
+        garbage.as_usual()
+
     listen(
         app,
         args.host,
         args.port,
         announce,
-        load=lambda: open_bundle(app, folder, wanted, image_hosts),
+        load=load,
         drain_seconds=args.drain_seconds,
         hang_up=keys.reload if args.api_key_file else None,
     )
