@@ -66,6 +66,7 @@ def logits_of(stack) -> torch.Tensor:
 VARIANTS = {
     "as it comes": ("qwen3", True, {}),
     "untied": ("qwen3", False, {}),
+    "heads of another width": ("qwen3", True, {"trunk__head_dim": 6}),
     "anchor": ("qwen3", True, {"trunk__anchor": "keep"}),
     "top-1": ("qwen3", True, {"router__top_k": 1}),
     "all active": ("qwen3", True, {"router__top_k": 3}),

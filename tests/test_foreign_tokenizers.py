@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.text import tokenizer as ours
 from pipeline.data.text.tokenizer_check import check
-from pipeline.errors import DataError
+from pipeline.errors import DataError, MismatchError
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.protocols import quiet
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Sampling
+from pipeline.serve.opening import check_tokens
 from tests import small
 from tests.small_text import opened, prepared
 from tests.test_bundle import bundle_of
@@ -189,6 +190,24 @@ def test_what_it_puts_in_front_is_what_transformers_says(tmp_path, kind, templat
         again = AutoTokenizer.from_pretrained(tmp_path / "bundle")
         assert again("court").input_ids == [*start, *plain]
         assert list(again("court")) == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_spell_a_special_one_together_are_no_other_tokenizer(tmp_path, kind):
+    """What a server tries a bundle's tokenizer with is a text of any tokens: of SentencePiece's
+    kind the first is <unk>."""
+    folder = write(tmp_path / "own", kind)
+    model = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("s", "e", "<")])
+    model.save(str(folder / "tokenizer.json"))
+    found = ours.pretrained(str(folder))
+    for start in ((), found.lead):
+        (tmp_path / "bundle").mkdir(exist_ok=True)
+        for name, text in found.stock_files(start).items():
+            (tmp_path / "bundle" / name).write_text(text)
+        check_tokens(tmp_path / "bundle", found, list(start))
+        with pytest.raises(MismatchError, match="other tokens"):
+            check_tokens(tmp_path / "bundle", found, [*start, 5])
 
 
 def test_dropout_of_merges_is_switched_off(tmp_path):

@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import cloud
 from pipeline.config.base import merge
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MismatchError
 from pipeline.families import family
+from pipeline.families.ffn_moe.pretrained import open_pretrained, stated_settings
 from pipeline.families.load import parse
 from pipeline.protocols import quiet
-from pipeline.store.model_sources import on_this_machine
+from pipeline.store.model_sources import ModelSource, on_this_machine
 from tests import small
 from tests.test_parity import whole
 from tests.test_pins import written
@@ -218,11 +219,16 @@ def odd(seed: int) -> tuple[str, dict]:
         "llama": [{"attention_bias": True}, {"mlp_bias": True}, {}],
         "qwen3": [
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            {"layer_types": ["sliding_attention", "full_attention"]},
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
             {"attention_bias": True},
             {},
         ],
-        "mistral": [{"sliding_window": 8}, {"sliding_window": None}],
+        # Its class passes a bias over
+        "mistral": [{"sliding_window": 8}, {"sliding_window": None}, {"attention_bias": True}],
     }
     return kind, draw.choice(choices[kind])
 
@@ -253,6 +259,77 @@ def test_what_cannot_be_bundled_is_told_exactly_where_deploy_would_refuse(seed, 
     router = {"steps": 0, "top_k": 1, "prompt_tokens": 4}
     adapters = config("ffn_moe", str(tmp_path / "model"), expert__form="adapter", router=router)
     assert here(adapters) == []
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+HALVES = ["full_attention", "sliding_attention"]
+STRANGE = {
+    "a way that none knows": ("rope_type is 'su'", {"rope_scaling": {"type": "su"}}),
+    "a number as text": ("rope_theta is '1e4'", {"rope_theta": "1e4", "rope_parameters": None}),
+    "each kind its own": ("rope_parameters differ", {"rope_parameters": {"full_attention": YARN}}),
+    "half a head": (
+        "partial_rotary_factor is 0.5",
+        {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
+    ),
+    "no numbers": ("rope_parameters of rope_type yarn", {"rope_scaling": YARN | {"factor": 0}}),
+    "long and short": (
+        "original_max_position_embeddings",
+        {"rope_scaling": LONG | {"original_max_position_embeddings": 16}},
+    ),
+    "too few of them": (
+        "rope_parameters of rope_type longrope",
+        {
+            "rope_scaling": LONG
+            | {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3}
+        },
+    ),
+    "a Ministral": (
+        "layer_types has full_attention",
+        {"model_type": "mistral", "sliding_window": 4, "layer_types": HALVES},
+    ),
+    "windows of a Llama": ("layer_types has sliding", {"layer_types": HALVES}),
+    "a window of nothing": (
+        "layer_types has sliding.*sliding_window None",
+        {"model_type": "qwen3", "layer_types": HALVES, "sliding_window": 4},
+    ),
+    "no window": ("sliding_window is 0", {"model_type": "mistral", "sliding_window": 0}),
+    "no activation": ("hidden_act is 'swoosh'", {"hidden_act": "swoosh"}),
+    "padding outside": ("pad_token_id is 999", {"pad_token_id": 999}),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_what_the_class_would_not_compute_is_refused_by_the_field(what, sound, tmp_path):
+    said, changes = STRANGE[what]
+    folder = shutil.copytree(sound / "ffn_moe", tmp_path / "model")
+    edit(folder, **changes)
+    cfg = config("ffn_moe", str(folder))
+    for look in (lambda: here(cfg), lambda: laptop("ffn_moe", folder, tmp_path)):
+        with pytest.raises(ConfigError, match=said):
+            look()
+    with pytest.raises(MismatchError, match=said):
+        open_pretrained(cfg)
+
+
+def test_what_was_asked_of_a_class_once_is_nothing_of_the_model(sound, tmp_path):
+    folder = shutil.copytree(sound / "ffn_moe", tmp_path / "model")
+    asked = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    edit(folder, **asked)
+    cfg = config("ffn_moe", str(folder))
+    assert here(cfg) == []
+    trunk, dummy = open_pretrained(cfg)
+    ids_BT = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        found = trunk.hidden(ids_BT, dummy) @ trunk.head.T
+        wanted = whole("llama")(ids_BT).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert not asked.keys() & stated_settings(ModelSource(folder)).keys()
 
 
 def planned(cfg, tmp_path: Path) -> str:

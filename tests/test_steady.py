@@ -210,6 +210,8 @@ def test_texts_stand_behind_each_other_in_a_packed_pass(small):
         assert batch.last(x_BTD).flatten().tolist() == [0, 4, 6]
     else:
         beyond = cache.places
+        # A model that stretches places by the largest is shown none that no text has
+        assert batch.place_BT.tolist() == [[3] * 4, [5, 6, 7, 8], [0, 1, 1, 1]]
         assert kept[:4] == [(2, 3), *[(2, beyond)] * 3]
         assert kept[4:] == [(0, 5), (0, 6), (0, 7), (0, 8), (1, 0), (1, 1), *[(1, beyond)] * 2]
         assert batch.last(x_BTD).flatten().tolist() == [0, 7, 9]

@@ -3,7 +3,7 @@
 What fills the open slot of each layer is passed in with every call, so one trunk serves the dummy,
 an expert, a dense baseline and the whole stack. Tensors keep their Hugging Face names.
 
-B sequences, T tokens, D model width.
+B sequences, T tokens, D model width, K numbers by which a head's places turn.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Ffn = Callable[[int, Tensor], Tensor]  # (layer, x_BTD) -> y_BTD
 SUPPORTED = ("qwen3", "llama", "mistral")
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -152,6 +154,91 @@ def check_kind(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"it is a {kind} model; a trunk can be one of {', '.join(SUPPORTED)}")
     if settings.get("auto_map"):
         raise ValueError("it names code to run in its config.json (auto_map)")
+
+
+def whole_settings(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's settings with all defaults, as Hugging Face config fields.
+
+    Raises ValueError, with the field's name, for what its class would not compute as transformers
+    opens the model, or not at all; and what the library raises.
+    """
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    config = AutoConfig.for_model(**stated)
+    settings: dict[str, Any] = config.to_dict()
+    if settings["hidden_act"] not in ACT2FN:
+        raise ValueError(f"hidden_act is {settings['hidden_act']!r}, which transformers has not")
+    padding = settings.get("pad_token_id")
+    entries = settings["vocab_size"]
+    if padding is not None and not -entries <= padding < entries:
+        raise ValueError(f"pad_token_id is {padding}, and vocab_size {entries}")
+    _check_layers(settings)
+    _check_positions(config)
+    return settings
+
+
+def _check_layers(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for layers that attend in another way than the class has them do."""
+    kind = settings["model_type"]
+    back = settings.get("sliding_window")
+    sees = window(settings)
+    if sees is not None and sees < 1:
+        raise ValueError(f"sliding_window is {sees}, at which a token does not see itself")
+    has = {
+        "qwen3": {FULL} if back is None else {FULL, SLIDING},
+        "llama": {FULL},
+        # With others the library opens it as a Ministral
+        "mistral": {FULL if back is None else SLIDING},
+    }[kind]
+    others = set(settings.get("layer_types") or ()) - has
+    if others:
+        raise ValueError(
+            f"layer_types has {', '.join(sorted(others))}, and layers of a {kind} model with "
+            f"sliding_window {back} have {' or '.join(sorted(has))}"
+        )
+
+
+def _check_positions(config: Any) -> None:
+    """Raise ValueError for positions that turn queries and keys in a way the class has not."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters or {}
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            f"rope_parameters differ by kind of layer ({', '.join(nested)}), and layers of a "
+            f"{config.model_type} model turn alike"
+        )
+    theta = rope.get("rope_theta")
+    if not isinstance(theta, int | float) or not theta > 0:
+        raise ValueError(f"rope_theta is {theta!r}, which is no number above 0")
+    name = rope.get("rope_type", "default")
+    if name == "default":
+        return
+    if name not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+        raise ValueError(f"rope_type is {name!r}, and transformers has {known}")
+    try:
+        turns_K, _ = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
+    except Exception as error:  # the library raises what it likes at numbers that are none
+        raise ValueError(f"rope_parameters of rope_type {name} do not work: {error}") from error
+    if 2 * len(turns_K) != config.head_dim:
+        raise ValueError(
+            f"partial_rotary_factor is {rope.get('partial_rotary_factor')}, and a "
+            f"{config.model_type} model turns whole heads"
+        )
+    if not torch.isfinite(turns_K).all():
+        raise ValueError(f"rope_parameters of rope_type {name} give angles that are no numbers")
+    most = config.max_position_embeddings
+    if name == "longrope" and most > rope["original_max_position_embeddings"]:
+        # How a text's first places are turned would follow from how long it, and those read beside
+        # it, come to be
+        raise ValueError(
+            f"rope_type is longrope, which turns all places anew where a text grows beyond "
+            f"original_max_position_embeddings ({rope['original_max_position_embeddings']} of "
+            f"max_position_embeddings {most}), and texts that are served keep what they have read"
+        )
 
 
 def window(settings: Mapping[str, Any]) -> int | None:

@@ -106,9 +106,11 @@ class Batch:
 
     @cached_property
     def place_BT(self) -> Tensor:
-        """Place of each token in its text."""
+        """Place of each token in its text; of what fills a row up that of its last one, as some
+        models turn all places by the largest."""
         start_B = torch.tensor([chunk.start for chunk in self.chunks], device=self.device)
-        return start_B.unsqueeze(1) + torch.arange(self.longest, device=self.device)
+        place_BT = start_B.unsqueeze(1) + torch.arange(self.longest, device=self.device)
+        return place_BT.minimum((start_B + self.count_B - 1).unsqueeze(1))
 
     def enter(self, cache: SlotCache, step: int) -> None:
         """Tell a cache where this pass writes, and that it looks at a multiple of so many

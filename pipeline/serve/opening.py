@@ -4,13 +4,14 @@ was measured.
 T tokens, B sequences, D model width, V vocabulary.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from ..data.text.tokenizer import Tokenizer
+from ..data.text.tokenizer import Tokenizer, unknown_ids
 from ..errors import MismatchError
 from ..hardware import device
 from ..model.loading import quiet_library
@@ -100,9 +101,11 @@ def check_tokens(folder: Path, tokenizer: Tokenizer, start_ids: list[int]) -> No
     from transformers import AutoTokenizer
 
     drawn = [place * 7919 % tokenizer.vocab_size for place in range(PROBE_TOKENS)]
-    # Text that spells a special token is plain here, and that token there.
-    plain = [token for token in drawn if token not in tokenizer.special]
-    text = tokenizer.model.decode(plain)
+    # What stands for text without an entry is none of its text.
+    without = tokenizer.special | unknown_ids(tokenizer.model)
+    plain = [token for token in drawn if token not in without]
+    names = [str(tokenizer.model.id_to_token(token)) for token in without]
+    text = _without(tokenizer.model.decode(plain), names)
     (own,) = tokenizer.encode([text])
     with quiet_library():
         stock = AutoTokenizer.from_pretrained(
@@ -113,3 +116,12 @@ def check_tokens(folder: Path, tokenizer: Tokenizer, start_ids: list[int]) -> No
             f"{folder} opened by transformers gives text other tokens than it was trained on; "
             "install the version of requirements.txt"
         )
+
+
+def _without(text: str, names: Collection[str]) -> str:
+    """Return a text that spells none of some tokens, as tokens together may: it would be plain
+    here, and that token there."""
+    while spelled := [name for name in names if name and name in text]:
+        for name in spelled:
+            text = text.replace(name, "")
+    return text

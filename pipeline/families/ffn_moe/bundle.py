@@ -300,6 +300,10 @@ def stock_settings(
     of_class = {"model_type", "architectures", "transformers_version"}
     known = AutoConfig.for_model(kind).to_dict().keys() - of_class
     fields = {key: value for key, value in settings.items() if key in known}
+    width = settings.get("head_dim")
+    if width and width * settings["num_attention_heads"] != settings["hidden_size"]:
+        # Qwen3-MoE's class reads it, and its settings do not list it
+        fields["head_dim"] = width
     fields["num_experts_per_tok"] = top_k
     fields["num_local_experts"] = experts
     fields["sliding_window"] = window(settings)
@@ -327,10 +331,9 @@ def _check_fits(settings: Mapping[str, Any]) -> None:
     attention = set(settings.get("layer_types") or ())
     if len(attention) > 1:
         odd.append(f"layers that differ in attention ({', '.join(sorted(attention))})")
-    if kind != "qwen3" and settings.get("attention_bias"):
-        odd.append("attention_bias")
-    if settings.get("mlp_bias"):
-        odd.append("mlp_bias")
+    # Of the kinds whose mixture lacks them one has any, whatever the settings of others say
+    if kind == "llama":
+        odd += [name for name in ("attention_bias", "mlp_bias") if settings.get(name)]
     if odd:
         raise MismatchError(
             f"the trunk ({kind}) has {' and '.join(odd)}, which {CLASSES[MIXTURES[kind]]} has no "

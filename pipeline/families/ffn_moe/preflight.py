@@ -5,6 +5,7 @@ from typing import Any
 
 from ...config.base import PACKAGE
 from ...errors import ConfigError, MismatchError
+from ...model.trunk import whole_settings
 from ...store.model_files import FindModel
 from ...store.model_sources import ModelSource
 from .bundle import stock_settings
@@ -49,13 +50,11 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
 
 def _settings(name: str, place: Path) -> dict[str, Any]:
     """Return a trunk's settings with all defaults. Raises ConfigError."""
-    from transformers import AutoConfig
-
     try:
         # Of the Hub's models, and of those elsewhere, only the settings are here
         own = name.startswith(PACKAGE) or place == Path(name).expanduser()
         stated = stated_settings(ModelSource(place), weights=own)
-        return AutoConfig.for_model(**stated).to_dict()
+        return whole_settings(stated)
     except Exception as error:  # a library raises what it likes at settings of another version
         reason = " ".join(str(error).split())
         raise ConfigError(f"trunk.init: {name} cannot be a trunk: {reason}") from error

@@ -20,7 +20,7 @@ from ...model.gguf_reading import positions as gguf_positions
 from ...model.gguf_reading import settings as gguf_settings
 from ...model.loading import check_finite
 from ...model.pretrained import fitted, mapped
-from ...model.trunk import Trunk, check_kind, open_tensors
+from ...model.trunk import Trunk, check_kind, open_tensors, whole_settings
 from ...protocols import Progress, quiet
 from ...store.foreign import ForeignFile, read_object
 from ...store.model_files import CONFIG, check_config, check_weights
@@ -32,6 +32,8 @@ from .config import FfnMoeConfig
 
 SETTING = "trunk.init"
 GENERATION = "generation_config.json"
+# What somebody wanted of a model's class when it was saved, and nothing of the model
+ASKED = {"return_dict", "output_attentions", "output_hidden_states"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]
         return stated | gguf_positions(source.place)
     if weights:
         check_weights(source.place)
-    return stated | _ends(source.place, stated)
+    model = {key: value for key, value in stated.items() if key not in ASKED}
+    return model | _ends(source.place, stated)
 
 
 def _ends(folder: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,9 +184,7 @@ def _checked(
     stated: Mapping[str, Any], tensors: Mapping[str, Tensor], progress: Progress
 ) -> Checkpoint:
     """Return a checkpoint whose tensors are all in their places and finite. Raises ValueError."""
-    from transformers import AutoConfig
-
-    settings = AutoConfig.for_model(**stated).to_dict()
+    settings = whole_settings(stated)
     for key in ("_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
     trunk, dummy = fitted(settings, tensors)
