@@ -82,6 +82,9 @@ def test_a_configuration_of_ones_own_loads_as_the_readme_has_it(tmp_path, form):
     assert cfg.experts == ("law", "code", "recipes")
     assert cfg.trunk.is_pinned and cfg.tokenizer.pretrained == cfg.trunk.init
     assert cfg.expert.form == form.partition(",")[0] and cfg.searches_experts
+    # What the stack is set beside gets as good a rate: the demo's is of the demo's model
+    assert cfg.dense.lr is None and cfg.searches_dense == ("all",)
+    assert cfg.expert.tokens == 16_000 and cfg.data.megabytes_per_domain == 2
 
 
 @pytest.mark.parametrize("path", runs(ROOT / "config"), ids=lambda p: p.name)

@@ -18,6 +18,8 @@ from pipeline.store.artifacts import Store, inventory
 from tests import small_kits
 from tests.small_kits import GUESTS, PACKAGE, done
 
+ROOT = Path(__file__).parent.parent
+
 SHORT = ["--override", "expert.steps=4", "--override", "partition.min_tokens=100"]
 SHORT += ["--override", "runtime.threads=1"]
 
@@ -82,13 +84,26 @@ def test_the_kits_own_command_is_the_one_that_works(guests, tmp_path, monkeypatc
     home = guests["ledger"].parent
     kit = Path(shutil.copytree(home / "kit", tmp_path / "kit"))
     shutil.copytree(home / "private", kit / "text")
-    (command,) = re.findall(r"^    python -m pipeline (.*)$", (kit / "README.md").read_text(), re.M)
-    monkeypatch.chdir(kit)
+    told = (kit / "README.md").read_text()
+    (command,) = re.findall(r"^    \.venv/bin/python -m pipeline (.*)$", told, re.M)
+    # It is run from a clone, as nothing else has the program: this process is in one
+    assert "make .venv/runtime.stamp" in told
+    assert "\n$(VENV)/runtime.stamp:" in (ROOT / "Makefile").read_text()
+    command = command.replace(" KIT ", f" {kit} ")
+    monkeypatch.chdir(tmp_path)
     # The store of before has the trunk, its settings are those of this copy's paths
     done(*command.split(), "--store", tmp_path / "store", *SHORT, "--without-statistics")
     assert {path.name for path in (tmp_path / "expert-ledger").iterdir()} == PACKAGE - {
         "statistics.safetensors"
     }
+
+
+def test_a_kit_whose_trunk_is_not_there_names_where_it_says_which(guests, tmp_path, capsys):
+    kit = Path(shutil.copytree(guests["ledger"].parent / "kit", tmp_path / "kit"))
+    shutil.rmtree(kit / "trunk")
+    told = refused(capsys, "kit", "--pack", kit, "--to", tmp_path / "package")
+    assert f"{kit}/trunk is no folder here" in told
+    assert f"{kit}/README.md says which model it takes" in told
 
 
 def test_means_with_noise_are_all_that_is_given(maker, guests, tmp_path):

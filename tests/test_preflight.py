@@ -79,7 +79,7 @@ def test_a_sound_model_is_nothing_to_speak_of(name, sound, tmp_path):
     assert here(config(name, str(sound / name))) == []
     assert laptop(name, sound / name, tmp_path) == []
     # One of the Hub of which nothing is here is not waited for
-    assert here(config(name, "no/such")) == []
+    assert len(here(config(name, "no/such"))) == 1
 
 
 WRONG = {
@@ -349,6 +349,14 @@ def test_a_plan_tells_no_time_where_the_model_is_not_here(tmp_path):
     told = planned(cfg, tmp_path)
     assert "to train: cannot be told before the model is on this machine" in told
     assert "0 s" not in told
+
+
+@pytest.mark.parametrize("name", ["ffn_moe", "lora_vlm"])
+def test_a_model_that_is_not_here_is_told_to_be_taken_for_one_on_the_hub(name):
+    """A slip in the path of a folder would be asked of the Hub without a word."""
+    (told,) = here(config(name, "models/tiny-qwen"))
+    assert "models/tiny-qwen is not on this machine" in told
+    assert "begin its path with ./" in told
 
 
 def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_engine import EXPERTS, SAID, TEMPLATE, FakeEngine, routed_by_request
+from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -315,6 +316,17 @@ def test_lines_for_the_chat_itself(folder, tmp_path):
     assert "name a picture" in said[1] and "cannot be read" in said[2]
     # a question that begins with a stroke
     assert answered == f"{SAID}\n" and "/quit" in asked_texts(engine)[0]
+
+
+def test_a_picture_that_cannot_be_shown_keeps_no_question_from_being_put(folder, tmp_path):
+    """Where nobody reads pictures, and where a file is none."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    lines = [f"/image {tmp_path}/a.png", f"/image {tmp_path}/rows.csv", "there"]
+    engine, answered, said = talk(folder, lines)
+    assert f"{tmp_path}/a.png: fake is a language model and reads no pictures" in said[0]
+    assert said[1].startswith(f"{tmp_path}/rows.csv: ") and "is no whole PNG" in said[1]
+    assert answered == f"{SAID}\n" and len(engine.asked) == len(said) - 1 == 1
 
 
 def test_names_and_bytes_that_nothing_has_are_told_and_end_no_chat(folder):

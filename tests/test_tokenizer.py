@@ -123,7 +123,7 @@ def test_a_hub_that_does_not_answer_is_a_data_error(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(
-        DataError, match="no/such is no folder.*ConnectionError: no route.*tokenizer.revision"
+        DataError, match="no/such is no folder.*ConnectionError: no route.*its revision"
     ):
         tokenizer.pretrained("no/such")
 

@@ -71,11 +71,13 @@ expert and nothing else.
 
 {model}
 
-Install MoleForge, put {data} (or name others with `--paths`), and run in this folder:
+Put {data} (or name others with `--paths`). MoleForge is run from a clone of it, in which
+`make .venv/runtime.stamp` installs what it needs; there, with the path of this folder in the
+place of KIT:
 
-    python -m pipeline kit --pack . --to ../expert-{domain}
+    .venv/bin/python -m pipeline kit --pack KIT --to expert-{domain}
 
-It trains, and leaves in `../expert-{domain}` what to give back: {gives}. Nothing else leaves your
+It trains, and leaves in `expert-{domain}` what to give back: {gives}. Nothing else leaves your
 machine, and that only by your hand.
 
 {tells} `docs/kits.md` of MoleForge says what each of them shows, and what was measured.

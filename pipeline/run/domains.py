@@ -323,8 +323,8 @@ def come_and_go(args: Namespace, console: Console) -> None:
         try:
             made = make(change, wanted, Local(store, parallel=args.parallel))
         except JobsFailed as error:
-            if _refuses_expert(change.wish, error):
-                # No run could make it, so the file says again what it said
+            if _is_refused(change.wish, error):
+                # What was named is to be mended, and the same command typed again
                 write(change.taken_back(), keep_former=False)
                 args.again = None
                 console.print(f"{args.config} is what it was", highlight=False, soft_wrap=True)
@@ -336,9 +336,11 @@ def come_and_go(args: Namespace, console: Console) -> None:
     args.next = next_step.page(args, change.after.name)
 
 
-def _refuses_expert(wish: DomainWish, error: JobsFailed) -> bool:
-    """Whether nothing failed but the taking in of the finished expert that was named."""
-    return bool(wish.expert) and error.stage == "train_experts" and [*error.failed] == [wish.name]
+def _is_refused(wish: DomainWish, error: JobsFailed) -> bool:
+    """Whether nothing failed but the reading of the text, or the taking in of the finished expert,
+    that was named."""
+    stages = ("preprocess", "train_experts") if wish.expert else ("preprocess",)
+    return error.stage in stages and [*error.failed] == [wish.name]
 
 
 def _looked_at(change: DomainChange, store: Store, frozen: bool) -> DomainChange:

@@ -9,11 +9,13 @@ from pathlib import Path
 from ..config.run import JobKey, RunConfig
 from ..errors import ConfigError, StoreError
 from ..families import PackWish, family
+from ..families.kit_files import README
 from ..families.load import given, load
 from ..model.gaussian_mechanism import least_sigma
 from ..protocols import Progress
 from ..store.artifacts import Store
 from ..store.expert_package import Noise
+from ..store.model_sources import on_this_machine
 from ..store.room import writing
 from .backend import Local, run_stage
 from .context import StoredParts
@@ -121,6 +123,10 @@ def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
         raise ConfigError("--epsilon is of statistics, which --without-statistics leaves out")
     wish = PackWish(statistics, noise, args.licence, args.description)
     family(cfg.family).check_pack(cfg, wish)
+    try:
+        family(cfg.family).preflight(cfg, on_this_machine)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {args.pack / README} says which model it takes") from None
     cfg, _ = begin(cfg, store.open(), progress, makes=True)
     with working(store, cfg, settings, tuple(overrides)):
         train_and_pack(cfg, store, args.pack, args.to, wish, progress)

@@ -108,6 +108,17 @@ def on_this_machine(setting: str, model: str, revision: str | None) -> Path | No
     return Path(found).parent if isinstance(found, str) else None
 
 
+def told_absent(setting: str, model: str) -> list[str]:
+    """Return what to tell of a model that `on_this_machine` did not find: a slip in the path of a
+    folder reads like a name on the Hub."""
+    if is_folder(model):
+        return []
+    return [
+        f"{setting}: {model} is not on this machine, so it is taken for a model on the Hub; if it "
+        "is to be a folder, begin its path with ./"
+    ]
+
+
 def in_package(setting: str, model: str) -> Path:
     """Return the one .gguf file, or the folder of the one safetensors checkpoint, that the package
     in `package:NAME` or `package:NAME/FILE` carries. Raises DataError."""

@@ -129,10 +129,12 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
             except EntryNotFoundError:  # each may be missing
                 continue
     except Exception as error:  # the hub client and the network raise what they like
+        reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(
-            f"tokenizer.pretrained: {name} is no folder and no file here, and the Hub did not give "
-            f"its tokenizer.json: {type(error).__name__}: {error}. Check the name, "
-            "tokenizer.revision and the network"
+            f"tokenizer.pretrained, or trunk.init where that is left out: {name} is no folder and "
+            f"no file here, and the Hub did not give its tokenizer.json: {type(error).__name__}: "
+            f"{reason}. Check the name, its revision and the network; if it is to be a folder, "
+            "begin its path with ./"
         ) from error
     template = beside.pop(_TEMPLATE, None)
     settings = _merged(beside.values())

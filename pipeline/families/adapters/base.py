@@ -28,6 +28,7 @@ from ...store.model_files import (
     check_weights,
     from_hub,
 )
+from ...store.model_sources import told_absent
 from ...store.reading import damaged, reading
 from ...store.reading import read_object as stored_object
 from .chat import Chat
@@ -126,14 +127,14 @@ def pin_base(
 
 
 def preflight(cfg: AdapterRunConfig, find: FindModel, kind: ModelKind) -> list[str]:
-    """Return what a person should know of the base before a run, as far as it is seen from here:
-    nothing so far. Raises ConfigError for one that no adapter could be trained on."""
+    """Return what a person should know of the base before a run, as far as it is seen from here.
+    Raises ConfigError for one that no adapter could be trained on."""
     base = cfg.loras.base
     if base.model is None:
         return []
     folder = find(MODEL, base.model, base.revision)
     if folder is None:
-        return []
+        return told_absent(MODEL, base.model)
     try:
         settings = check_config(folder)
         if settings["model_type"] != kind.model_type:

@@ -309,7 +309,9 @@ def _wrong_wording(cfg: AdapterRunConfig) -> Iterator[str]:
     for name in cfg.dataset.paraphrases:
         if name not in (*cfg.experts, NONE):
             yield (
-                f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it"
+                f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove "
+                "it; where it comes with a file that this one extends, let dataset name a file of "
+                "your own"
             )
     # held-out prompts are asked of test_held alone, so both kinds are needed
     if cfg.dataset.ambiguous_share and not (neutral.seen and neutral.held):

@@ -7,7 +7,7 @@ from ...config.base import PACKAGE
 from ...errors import ConfigError, MismatchError
 from ...model.trunk import whole_settings
 from ...store.model_files import FindModel
-from ...store.model_sources import ModelSource
+from ...store.model_sources import ModelSource, told_absent
 from .bundle import stock_settings
 from .config import FfnMoeConfig
 from .pretrained import stated_settings
@@ -25,7 +25,7 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
         return []
     place = find("trunk.init", name, cfg.trunk.revision)
     if place is None:
-        return []
+        return told_absent("trunk.init", name)
     settings = _settings(name, place)
     most = settings["max_position_embeddings"]
     if cfg.trunk.context_tokens > most:

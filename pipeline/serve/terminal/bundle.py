@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.serving import Dtype, ServeConfig
+from ...data.images.images import BadImage, claimed_size
 from ...errors import DataError
 from ..from_bundle import open_service
 from ..generation import Generating, Generation, Prompt, Sampling
@@ -121,6 +122,10 @@ def data_urls(pictures: Sequence[Path]) -> tuple[str, ...]:
         except (OSError, ValueError) as error:
             told = getattr(error, "strerror", None) or error
             raise DataError(f"{path} cannot be read: {told}") from None
+        try:
+            claimed_size(content)
+        except BadImage as error:
+            raise DataError(f"{path}: {error}") from None
         # what it is, is read from its bytes
         urls.append(f"data:image/any;base64,{b64encode(content).decode()}")
     return tuple(urls)

@@ -112,7 +112,13 @@ class Conversation:
             file = Path(path).expanduser()
         except RuntimeError:
             raise DataError(f"{path} cannot be read: there is no such home") from None
-        self.pictures += data_urls([file])
+        shown = (*self.pictures, *data_urls([file]))
+        try:
+            # One that cannot be read would keep every question from being put
+            self.bundle.question([*self.turns, Turn("user", "?", shown)], self.reader)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        self.pictures = shown
         self.say(f"pictures of the next question: {len(self.pictures)}")
 
 
