@@ -186,7 +186,12 @@ CASES = {
         3,
         LOW_RANK | {"expert__layers": "last:1", "trunk__anchor": "keep"},
     ),
-    "qwen3, untied, five, anchor": ("qwen3", False, 5, {"trunk__anchor": "keep"}),
+    "qwen3, untied, five, anchor, wide heads": (
+        "qwen3",
+        False,
+        5,
+        {"trunk__anchor": "keep", "trunk__head_dim": 12},
+    ),
     "llama, untied, five, low rank, pinned bf16": (
         "llama",
         False,

@@ -315,6 +315,10 @@ def stock_settings(
         every = range(settings["num_hidden_layers"])
         sparse = every if layers is None else layers
         fields["mlp_only_layers"] = [layer for layer in every if layer not in sparse]
+    # Which the class of Qwen3's mixture reads, and its configuration has no field for
+    head_dim = settings.get("head_dim")
+    if head_dim and head_dim * settings["num_attention_heads"] != settings["hidden_size"]:
+        fields["head_dim"] = head_dim
     written = AutoConfig.for_model(kind, **fields).to_diff_dict()
     written["architectures"] = [CLASSES[kind]]
     written["dtype"] = "float32"

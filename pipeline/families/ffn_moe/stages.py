@@ -269,7 +269,7 @@ STAGES = table(
             "train_dense",  # the one that goes along, where one does
         ),
         reads=("family", "name"),
-        version=2,  # its tokenizer puts in front what led every text
+        version=3,  # its settings say how wide heads are
         in_run=False,
         secrets=("hub", "storage"),
     ),
