@@ -18,10 +18,12 @@ from pipeline.data.text import tokenizer as ours
 from pipeline.data.text.tokenizer_check import check
 from pipeline.errors import DataError, MismatchError
 from pipeline.families.ffn_moe.evaluator import Evaluator
+from pipeline.families.ffn_moe.export.gguf_tokenizer import vocabulary
 from pipeline.protocols import quiet
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Sampling
 from pipeline.serve.opening import check_tokens
+from pipeline.store.foreign import TEMPLATE_BYTES, check_model_files
 from tests import small
 from tests.small_text import opened, prepared
 from tests.test_bundle import bundle_of
@@ -208,6 +210,40 @@ def test_tokens_that_spell_a_special_one_together_are_no_other_tokenizer(tmp_pat
         check_tokens(tmp_path / "bundle", found, list(start))
         with pytest.raises(MismatchError, match="other tokens"):
             check_tokens(tmp_path / "bundle", found, [*start, 5])
+
+
+NAMED = {
+    "a processor": {"processor_class": "PixtralProcessor"},
+    "code": {"auto_map": {"AutoTokenizer": ["x.X", None]}, "tokenizer_class": "X"},
+    "code within": {"init_kwargs": [{"auto_map": {"AutoTokenizer": ["x.X", None]}}]},
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_what_names_a_class_or_code_goes_into_no_bundle(tmp_path, what):
+    found = ours.pretrained(str(write(tmp_path / "own", "bytes", **NAMED[what])))
+    (tmp_path / "bundle").mkdir()
+    for name, text in found.stock_files(found.front).items():
+        (tmp_path / "bundle" / name).write_text(text)
+    check_model_files(tmp_path / "bundle", ["tokenizer.json", "tokenizer_config.json"])
+    kept = json.loads((tmp_path / "bundle/tokenizer_config.json").read_text())
+    assert kept["eos_token"] == "</s>" and kept["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_chat_template_that_no_bundle_may_have_is_refused_at_once(tmp_path, several):
+    template = "x" * (TEMPLATE_BYTES + 1)
+    given = [{"name": "default", "template": template}] if several else template
+    folder = write(tmp_path, "bytes", chat_template=given)
+    with pytest.raises(DataError, match=r"chat_template in .*tokenizer_config\.json: it has over"):
+        ours.pretrained(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word pieces"])
+def test_gguf_refuses_a_model_that_is_no_bpe(tmp_path, kind):
+    found = ours.pretrained(str(write(tmp_path, kind)))
+    with pytest.raises(MismatchError, match="it is a (Unigram|WordPiece) model and no byte-level"):
+        vocabulary(found, found.vocab_size, (), (found.end_id,))
 
 
 def test_dropout_of_merges_is_switched_off(tmp_path):

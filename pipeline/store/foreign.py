@@ -178,6 +178,22 @@ def check_settings(settings: Mapping[str, Any], name: str) -> None:
             _check_setting(key, given, name)
 
 
+def without_code(value: Any) -> Any:
+    """Return settings, at any depth, without what `check_settings` refuses as code or a class that
+    is not known: data of others that say it all the same go on without."""
+    if isinstance(value, list):
+        return [without_code(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_code(given) for key, given in value.items() if not _names_code(key, given)}
+
+
+def _names_code(key: str, value: Any) -> bool:
+    if key in CLASSES:
+        return value not in (None, *KNOWN_CLASSES)
+    return key in NAMES_CODE or (key in KERNELS and "/" in str(value))
+
+
 def check_kind(settings: Mapping[str, Any], name: str, kinds: Collection[str]) -> None:
     """Raise ForeignFile for a model that is of none of some kinds (`model_type`), or of a class
     (`architectures`) that is not known here."""

@@ -148,15 +148,20 @@ def _template_in(path: Path) -> dict[str, str]:
         return {}
     try:
         template = path.read_text("utf-8")
-        # A bundle with a longer one would not be opened
-        if len(template.encode()) > TEMPLATE_BYTES:
-            raise ValueError(f"it has over {TEMPLATE_BYTES:,} bytes")
+        _check_length(template)
         return {"chat_template": template}
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer.pretrained: {path} is no chat template: {error}. Copy it again, or remove "
             "it, which leaves the bundle without chats"
         ) from None
+
+
+def _check_length(template: Any) -> None:
+    """Raise ValueError for a chat template with which a bundle would not be opened; what stands for
+    several is looked at as a whole."""
+    if len(str(template).encode()) > TEMPLATE_BYTES:
+        raise ValueError(f"it has over {TEMPLATE_BYTES:,} bytes")
 
 
 def _merged(paths: Iterable[Path]) -> dict[str, Any]:
@@ -168,5 +173,12 @@ def _merged(paths: Iterable[Path]) -> dict[str, Any]:
         except (ForeignFile, OSError) as error:
             raise DataError(
                 f"tokenizer.pretrained: {path} is not JSON of settings: {error}"
+            ) from None
+        try:
+            _check_length(out.get("chat_template", ""))
+        except ValueError as error:
+            raise DataError(
+                f"tokenizer.pretrained: chat_template in {path}: {error}. Shorten it, or remove "
+                "it, which leaves the bundle without chats"
             ) from None
     return out

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
 from ...store.artifacts import write_text
+from ...store.foreign import without_code
 from ...store.reading import damaged, read_bytes, read_object
 from .pretrained_tokenizer import opened
 
@@ -143,7 +144,8 @@ class Tokenizer:
         raw = json.loads(self.model.to_str())
         raw["post_processor"] = self._template(start)
         kept = {key: value for key, value in self.settings.items() if key not in _AROUND}
-        settings = kept | {
+        # A processor of pictures beside the tokenizer, say: a bundle has none and names none
+        settings = without_code(kept) | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end,
             # Its default has token_type_ids too, which causal models refuse to generate from

@@ -89,6 +89,8 @@ def vocabulary(
             f"a text begins with {len(start)} tokens here, and llama.cpp puts one in front of it "
             f"at most; {INSTEAD}"
         )
+    if raw["model"].get("type") != "BPE":
+        raise _refused(f"it is a {raw['model'].get('type')} model and no byte-level BPE")
     names, types = _entries(raw, rows)
     notes = []
     if is_sentencepiece(raw):
@@ -143,8 +145,6 @@ def _merges(raw: Mapping[str, Any]) -> list[str]:
 def _pre(raw: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for how a tokenizer.json cuts texts. Raises MismatchError."""
     model = raw["model"]
-    if model.get("type") != "BPE":
-        raise _refused(f"it is a {model.get('type')} model and no byte-level BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _refused(f"its model has {key}")
