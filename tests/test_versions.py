@@ -293,6 +293,40 @@ def test_a_store_that_fails_is_told_and_the_same_command_goes_on(bundles, server
     assert first + len(watched.parts()) <= 13 + s3.THREADS and begun(client) == []
 
 
+def test_a_bucket_that_is_not_there_is_no_empty_place(bundles, server, capsys):
+    assert main(["versions", "s3://shelf/empty"]) == 0
+    assert "there is no version in s3://shelf/empty" in capsys.readouterr().out
+    for command in ("versions", "rollback"):
+        assert main([command, "s3://nowhere/demo"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "s3://nowhere/demo" in said and "bucket does not exist" in said
+        assert main([command, "s3://"]) == 2
+        assert "s3:// names no bucket" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(StoreError, match="s3:// names no bucket"):
+        publish(bundles[0], "s3://")
+
+
+def test_who_may_remove_nothing_may_bring_bundles_all_the_same(bundles, server):
+    watched, client = server
+    watched.fails = lambda asked: "before" if asked.method == "DELETE" else ""
+    names = [publish(folder).name for folder in bundles[:2]]
+    assert not [asked for asked in watched.asked if asked.method == "DELETE"]
+    watched.fails = lambda _asked: ""
+    assert pointed(client) == names[1]
+    assert [version.name for version in Versions("s3://shelf/demo").known()] == names
+
+
+def test_a_place_of_any_letters_is_one(bundles, server, capsys):
+    _, client = server
+    place = "s3://shelf/with space/[ünï]?x=1&y#z%20+"
+    first, second = (publish(folder, place).name for folder in bundles[:2])
+    keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="shelf")["Contents"]}
+    assert f"{place.removeprefix('s3://shelf/')}/{second}.json" in keys
+    assert main(["rollback", place]) == 0
+    assert Versions(place).current().name == first
+    assert f"versions in {place}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_two_uploaders_at_once(bundles, server, same):
     _, client = server

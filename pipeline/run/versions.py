@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..report.narrow import print_table
 from ..store.versions import Version, Versions
@@ -31,7 +32,9 @@ def tend_versions(target: str, console: Console, command: str, to: str | None) -
 
 def show_versions(known: list[Version], current: str | None, place: str, console: Console) -> None:
     """Print versions, the newest first, and which one is current."""
-    table = Table(title=f"versions in {place}", title_justify="left", title_style="bold")
+    # As text, for in a title brackets are a style
+    title = Text(f"versions in {place}")
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("version", overflow="fold")
     table.add_column("whole since", overflow="fold")
     table.add_column("", overflow="fold")

@@ -207,7 +207,10 @@ def open_url(url: str, setting: str) -> tuple["AbstractFileSystem", str]:
             f"{setting}: {shown} is no folder and no URL that fsspec knows ({error}); write a "
             "folder, s3://bucket/path or another fsspec URL"
         ) from None
-    return fs, root.rstrip("/")
+    root = root.rstrip("/")
+    if is_s3(fs) and not root:
+        raise StoreError(f"{setting}: {shown} names no bucket; write s3://bucket/path")
+    return fs, root
 
 
 def _clear(fs: "AbstractFileSystem", root: str, folder: Path) -> None:
@@ -241,6 +244,12 @@ def is_local(fs: "AbstractFileSystem") -> bool:
 def is_s3(fs: "AbstractFileSystem") -> bool:
     """Whether a filesystem is a store that knows S3's requests."""
     return _speaks(fs, S3)
+
+
+def has_no_bucket(error: FileNotFoundError) -> bool:
+    """Whether an S3 store says so of a place, and not that nothing lies there."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return bool(answer.get("Error", {}).get("Code") == "NoSuchBucket")
 
 
 def _speaks(fs: "AbstractFileSystem", known: set[str]) -> bool:

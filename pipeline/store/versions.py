@@ -26,6 +26,7 @@ from .room import PART
 from .upload import (
     digest_of,
     has_folders,
+    has_no_bucket,
     is_local,
     is_s3,
     move,
@@ -156,7 +157,9 @@ class Versions:
         """Return what lies right below the target."""
         try:
             paths = self._fs.ls(self._root, detail=False)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if is_s3(self._fs) and has_no_bucket(error):
+                raise
             return []
         return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
 
@@ -240,8 +243,11 @@ class Versions:
         return gone
 
     def _unmark(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(f"{self._root}/{name}{GOING}")
+        mark = f"{self._root}/{name}{GOING}"
+        # Asked first, as who may remove nothing may bring a bundle all the same
+        if self._fs.exists(mark):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(mark)
 
     def _is_current(self, name: str) -> bool:
         pointer = self._read(POINTER)
