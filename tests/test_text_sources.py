@@ -1,6 +1,7 @@
 """Sources of documents: files written by other programs, the Hub, installed text, and a new one."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
@@ -63,6 +64,19 @@ def test_globs_are_sorted_and_read_once(tmp_path):
         (tmp_path / name).write_text(f"this is the file {name}")
     cfg = config(tmp_path / "*.txt", tmp_path / "?.*", domain="a")
     assert [d.text[-5:] for d in read(cfg)[0]] == ["b.txt", "c.txt", " a.md"]
+
+
+def test_a_file_that_links_lead_to_is_read_once_and_a_mark_alone_is_no_row(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", ROWS)
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "all").symlink_to(tmp_path)
+    (tmp_path / "c.jsonl").write_bytes(codecs.BOM_UTF8)
+    (tmp_path / "d.json").write_bytes(codecs.BOM_UTF8 + b"\n")
+    alone, _ = read(config(tmp_path / "b.jsonl"))
+    everywhere = [tmp_path / part for part in ("*.jsonl", "*.json", "all/*.jsonl")]
+    found, stats = read(config(*everywhere))
+    assert [document.text for document in found] == [document.text for document in alone]
+    assert stats.counts == {"empty file": 2}
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,9 @@ def _encoding_of(file: _File) -> str:
 def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str]]":
     from fsspec.core import url_to_fs
 
-    found: dict[str, AbstractFileSystem] = {}  # each file once, whatever number of globs match it
+    # Each file once, by how many globs and links it is ever reached
+    found: dict[str, AbstractFileSystem] = {}
+    known: dict[str, str] = {}
     for pattern in patterns:
         try:
             fs, path = url_to_fs(pattern)
@@ -295,7 +297,8 @@ def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str
                     f"data.files: {hit} is a pipe or a device and no file; write what it gives to "
                     "a file, or leave it out"
                 )
-            found[hit] = fs
+            real = os.path.realpath(hit) if is_local(fs) else hit
+            found[known.setdefault(real, hit)] = fs
     for path, fs in found.items():
         yield fs, path
 

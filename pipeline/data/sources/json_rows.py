@@ -118,7 +118,8 @@ def _row(value: object) -> Row | SkippedRow:
 
 def _lines(file: io.BufferedReader, path: str) -> Iterator[FoundRow]:
     for number, line in enumerate(file, 1):
-        if not line.strip():
+        # A mark alone is what some programs leave of an empty file
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
         rows = _rows_of(line)
         for count, row in enumerate(rows, 1):
