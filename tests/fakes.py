@@ -45,13 +45,16 @@ class FakeRecorder(HistoryWriter):
     """A recorder that remembers."""
 
     def __init__(self):
-        self.starts, self.rows, self.notes = [], [], []
+        self.starts, self.rows, self.notes, self.taken = [], [], [], []
 
     def start(self, step):
         self.starts.append(step)
 
     def row(self, row):
         self.rows.append(row)
+
+    def step_taken(self, step):
+        self.taken.append(step)
 
     def note(self, text):
         self.notes.append(text)

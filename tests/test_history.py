@@ -245,6 +245,20 @@ def test_what_a_history_lost_is_told(tmp_path, seed, how):
     assert read(path).rows[-1]["step"] == came_to + 1
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_steps_between_two_rows_are_shown_and_not_kept(tmp_path, monkeypatch, terminal):
+    """Ten of a large model take minutes, in which nothing would move."""
+    monkeypatch.setattr(display, "LINE_EVERY_S", 0.0)
+    console = screen(terminal)
+    recorder = Recorder(tmp_path / "rows.jsonl", job="trunk", total_steps=100, console=console)
+    recorder.start(0)
+    recorder.step_taken(37)
+    recorder.close()
+    shown = console.file.getvalue()
+    assert ("37%" if terminal else "step 37 of 100 · 0:00 left") in shown
+    assert read(tmp_path / "rows.jsonl").rows == []
+
+
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):

@@ -320,6 +320,7 @@ def test_rows_tell_where_the_time_went(tmp_path):
     metrics = fit(small_task(), here)
     rows = [row for row in here.recorder.rows if "train_nats" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    assert here.recorder.taken == [1, 3, 5, 7, 9]
     for row in rows:
         assert {
             "data_s",

@@ -91,6 +91,9 @@ class Rows:
         if "train_nats" in row:
             self.watch.step(row["train_nats"])
 
+    def step_taken(self, step: int) -> None:
+        """Take note of nothing."""
+
     def note(self, text: str) -> None:
         """Keep a note in the result."""
         self.watch.extra.setdefault("notes", []).append(text)

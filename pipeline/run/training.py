@@ -98,6 +98,10 @@ class _Told(HistoryWriter):
         """Tell how far the search is."""
         self.progress(self.text, (self.before_steps + row["step"]) / self.all_steps)
 
+    def step_taken(self, step: int) -> None:
+        """Tell how far the search is."""
+        self.progress(self.text, (self.before_steps + step) / self.all_steps)
+
     def note(self, text: str) -> None:
         """Tell something on the way."""
         self.progress(text, None)

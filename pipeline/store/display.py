@@ -105,6 +105,14 @@ class ProgressLine:
     def row(self, row: Row) -> None:
         """Take note of a row, and show it where it is time."""
         self._pace.row(row)
+        self._draw()
+
+    def step_taken(self, step: int) -> None:
+        """Show a step of which there is no row: ten of a large model are minutes."""
+        self._pace.step = step
+        self._draw()
+
+    def _draw(self) -> None:
         figures = _joined(self._pace.figures, self._pace.left)
         self._progress.update(self._task, completed=self._pace.step, figures=figures)
 
@@ -141,6 +149,14 @@ class Lines:
     def row(self, row: Row) -> None:
         """Take note of a row, and show it where it is time."""
         self._pace.row(row)
+        self._tell()
+
+    def step_taken(self, step: int) -> None:
+        """Take note of a step of which there is no row, and show it where it is time."""
+        self._pace.step = step
+        self._tell()
+
+    def _tell(self) -> None:
         if time.monotonic() - self._shown_s < LINE_EVERY_S:
             return
         self._shown_s = time.monotonic()

@@ -113,6 +113,10 @@ class Recorder:
         if self._mirror:
             self._mirror.row(row)
 
+    def step_taken(self, step: int) -> None:
+        """Show how far the job is; nothing is kept."""
+        self._display.step_taken(step)
+
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._display.note(text)

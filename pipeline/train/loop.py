@@ -100,6 +100,9 @@ class HistoryWriter(Protocol):
     def row(self, row: dict[str, Any]) -> None:
         """Keep the numbers of a step."""
 
+    def step_taken(self, step: int) -> None:
+        """Tell a person how far the run is, after a step without a row."""
+
     def note(self, text: str) -> None:
         """Tell a person something on the way."""
 
@@ -255,6 +258,8 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
                         "time": time.time(),
                     }
                 )
+            else:
+                io.recorder.step_taken(run.step)
 
     _check_moved(task, optimizer, run, io)
     optimizer.restore_fp32()
