@@ -299,6 +299,7 @@ STRANGE = {
         {"model_type": "qwen3", "layer_types": HALVES, "sliding_window": 4},
     ),
     "no window": ("sliding_window is 0", {"model_type": "mistral", "sliding_window": 0}),
+    "what comes is seen": ("is_causal is false", {"is_causal": False}),
     "no activation": ("hidden_act is 'swoosh'", {"hidden_act": "swoosh"}),
     "padding outside": ("pad_token_id is 999", {"pad_token_id": 999}),
 }

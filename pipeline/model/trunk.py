@@ -181,6 +181,8 @@ def whole_settings(stated: Mapping[str, Any]) -> dict[str, Any]:
 def _check_layers(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for layers that attend in another way than the class has them do."""
     kind = settings["model_type"]
+    if settings.get("is_causal") is False:
+        raise ValueError("is_causal is false, at which a token sees those that it is to tell")
     back = settings.get("sliding_window")
     sees = window(settings)
     if sees is not None and sees < 1:
