@@ -30,6 +30,7 @@ from pipeline.families.ffn_moe.adapter.model import stored_adapters
 from pipeline.families.ffn_moe.adapter.router import SETTINGS, TextRouter, general_domains
 from pipeline.families.ffn_moe.adapter.stack import assemble
 from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.export.adapters import _where as layers_told
 from pipeline.families.ffn_moe.parts import shards_of, stored_trunk, token_loss
 from pipeline.families.ffn_moe.sections import BASE
 from pipeline.model.language_model import filled, first_tokens, pieces
@@ -470,6 +471,9 @@ def test_adapters_are_exported_as_they_are_and_nothing_else_is(run, bundled, sta
     with torch.no_grad():
         own_BTV = stack.model.under("alpha").hidden(ids_BT) @ stack.model.head.T
         torch.testing.assert_close(adapted(ids_BT).logits, own_BTV, rtol=0, atol=1e-5)
+    assert "on all linear layers of" in (tmp_path / "README.md").read_text()
+    expert = run.cfg.expert.model_copy(update={"layers": (1,)})
+    assert layers_told(run.cfg.model_copy(update={"expert": expert})) == "linear layers"
     with pytest.raises(ConfigError, match="export them with --format adapters"):
         family.check_export(run.cfg, ExportWish(format="hf"))
 

@@ -376,6 +376,12 @@ def _of_head(tensors):
     tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(vocab, 4)
 
 
+def _of_a_norm(tensors):
+    for part in "AB":
+        name = f"base_model.model.model.layers.1.input_layernorm.lora_{part}.weight"
+        tensors[name] = torch.zeros(4, 4)
+
+
 def _under_head(tensors):
     tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(4, 16)
 
@@ -474,6 +480,10 @@ REFUSED = {
     "the head under one": (
         _edit(_under_head),
         "without embed_tokens and lm_head among its target_modules",
+    ),
+    "what is no linear layer": (
+        _edit(_of_a_norm),
+        "(model.layers.1.input_layernorm); train it without",
     ),
     "names of a state_dict": (_edit(_of_a_state_dict), "have save_pretrained write it"),
     "64 bits": (_edit(_of_64_bits), "adapters here are F32, F16, BF16; save it in one of these"),

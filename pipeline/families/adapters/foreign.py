@@ -120,9 +120,12 @@ def _checked(core: nn.Module, name: str, found: Wanted, numbers: LoraNumbers) ->
         raise ForeignFile(f"{name} holds no tensor")
     strange = sorted(parts.keys() - linear.keys())
     if strange:
+        there = {each for each, _ in core.named_modules()}
+        alike = there.issuperset(strange)
+        why = "train it without" if alike else "it was trained on another one"
         raise ForeignFile(
             f"{name} has tensors of {len(strange)} modules that are no linear layer of this base "
-            f"({_shown(strange)}); it was trained on another one"
+            f"({_shown(strange)}); {why}"
         )
     ranks = {}
     for module, pair in parts.items():

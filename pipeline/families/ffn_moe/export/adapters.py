@@ -89,7 +89,8 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
 def _where(cfg: FfnMoeConfig) -> str:
     if cfg.expert.form != ADAPTER:
         return "the feed-forward networks"
-    return "linear layers" if cfg.expert.imported else "all linear layers"
+    everywhere = cfg.expert.layers == "all" and not cfg.expert.imported
+    return "all linear layers" if everywhere else "linear layers"
 
 
 def _stored(

@@ -31,7 +31,7 @@ PRE = {
     ((LLAMA3,), True): "llama-bpe",
     ((QWEN2,), False): "qwen2",
 }
-INSTEAD = "export it in the format hf, which holds any tokenizer"
+INSTEAD = "export it in the format hf (one expert: in expert; their mean: in dense)"
 
 
 @dataclass(frozen=True)
