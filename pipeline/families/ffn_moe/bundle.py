@@ -300,10 +300,6 @@ def stock_settings(
     of_class = {"model_type", "architectures", "transformers_version"}
     known = AutoConfig.for_model(kind).to_dict().keys() - of_class
     fields = {key: value for key, value in settings.items() if key in known}
-    width = settings.get("head_dim")
-    if width and width * settings["num_attention_heads"] != settings["hidden_size"]:
-        # Qwen3-MoE's class reads it, and its settings do not list it
-        fields["head_dim"] = width
     fields["num_experts_per_tok"] = top_k
     fields["num_local_experts"] = experts
     fields["sliding_window"] = window(settings)
