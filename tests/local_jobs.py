@@ -3,16 +3,21 @@ own is shown for every stage elsewhere."""
 
 import pytest
 
+from pipeline.errors import PipelineError
 from pipeline.protocols import quiet
 from pipeline.run.backend import Local
 from pipeline.run.job import run_job
 
 
 def in_this_process(local, stage, cfg, items):
-    """Do jobs as Local does, in no processes of their own."""
+    """Do jobs as Local does, in no processes of their own; return the errors of those that fail."""
+    failed = {}
     for item in items:
-        run_job(stage, cfg, local.store, item, progress=quiet)
-    return {}
+        try:
+            run_job(stage, cfg, local.store, item, progress=quiet)
+        except PipelineError as error:
+            failed[item] = error
+    return failed
 
 
 @pytest.fixture(scope="module", autouse=True)

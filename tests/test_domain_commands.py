@@ -98,10 +98,11 @@ def test_what_is_missing_after_a_failure_is_made_by_run(run, monkeypatch):
         assert load(run.path).experts == ("sea", "shop", GUEST)
 
 
-def test_a_domain_that_no_document_has_leaves_the_file_as_it_was(run):
+def test_text_that_cannot_be_read_leaves_the_file_as_it_was(run):
     text = run.path.read_text("utf-8")
-    told = run.command("add", "wine", code=2)
-    assert "no document has that label" in told
+    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    assert f"preprocess {GUEST}: failed" in told
     assert "tiny/tiny.yaml is what it was" in told and "is changed already" not in told
     assert run.path.read_text("utf-8") == text
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import lora_small
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import cloud
 from pipeline.config.base import merge
-from pipeline.errors import ConfigError, MismatchError
+from pipeline.errors import ConfigError, DataError, MismatchError
 from pipeline.families import family
 from pipeline.families.ffn_moe.pretrained import open_pretrained, stated_settings
 from pipeline.families.load import parse
@@ -383,3 +385,24 @@ def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="bert"):
         ffn.tokenizer(cfg, Parts(), tmp_path, quiet)
     assert torch.is_tensor(whole("llama", attention_bias=True).lm_head.weight)
+
+
+def test_a_tokenizer_that_has_more_entries_than_the_trunk_is_told_before_text_is_read(
+    sound, tmp_path
+):
+    """As where tokens were added to it and the model was saved before: preprocess may be hours."""
+    model = shutil.copytree(sound / "ffn_moe", tmp_path / "model")
+    entries = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(entries)}, unk_token="t0"))
+    tokenizer.save(str(model / "tokenizer.json"))
+    cfg = small.config(trunk__init=str(model), tokenizer__pretrained=str(model))
+    assert here(cfg) == []
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    with pytest.raises(
+        MismatchError, match=f"has {entries}: tokens were added .* Remove those from"
+    ):
+        here(cfg)
+    (model / "tokenizer.json").write_text("torn")
+    with pytest.raises(DataError, match=r"tokenizer.json: it is torn"):
+        here(cfg)

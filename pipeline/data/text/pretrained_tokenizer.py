@@ -69,6 +69,22 @@ def look(cfg: TextRunConfig) -> None:
         raise DataError(f"tokenizer.pretrained: there is no {name}; correct the path")
 
 
+def vocab_size_here(cfg: TextRunConfig) -> int | None:
+    """Return the size of a pretrained tokenizer as `Tokenizer.vocab_size` is; None for one that is
+    no tokenizer.json on this machine, as one in a .gguf file, which takes seconds to read, is its
+    model's own. Raises DataError for a torn one."""
+    name = cfg.tokenizer.pretrained
+    try:
+        path = _here(name) if name else None
+    except DataError:
+        # Told by `look`
+        return None
+    if name is None or path is None or path.suffix == GGUF:
+        return None
+    model, _ = opened(name, cfg.tokenizer.revision)
+    return max(model.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
     """Yield the files of a pretrained tokenizer that is here, as they are now; of one on the Hub
     the settings have the revision."""

@@ -27,7 +27,7 @@ from ...store.reading import read_object
 from ...train.memory_meter import trim_heap
 from .. import Parts
 from .config import FfnMoeConfig
-from .pretrained import is_pinned, open_pretrained, pinned_tensors
+from .pretrained import check_vocabulary, is_pinned, open_pretrained, pinned_tensors
 from .sections import ANCHOR
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
@@ -208,26 +208,8 @@ def new_trunk(
         trunk, dummy = build(settings)
         return trunk.to(device()), dummy.to(device())
     trunk, dummy = open_pretrained(cfg, progress)
-    check_vocabulary(cfg, shards, len(trunk.head))
+    check_vocabulary(cfg, shards.vocab_size, len(trunk.head))
     return trunk.to(device()), dummy.to(device())
-
-
-def check_vocabulary(cfg: FfnMoeConfig, shards: Shards, entries: int) -> None:
-    """Raise MismatchError when the shards' tokenizer has more entries than a pretrained trunk."""
-    # A trunk may have more rows than its tokenizer has entries: they are padding
-    if shards.vocab_size <= entries:
-        return
-    way = "name the trunk's own tokenizer in tokenizer.pretrained"
-    if cfg.tokenizer.pretrained == cfg.trunk.init:
-        way = (
-            "tokens were added to it, and the model was not told. Remove those from "
-            f"{entries} on from its tokenizer.json (added_tokens), or save both anew after "
-            "model.resize_token_embeddings(len(tokenizer))"
-        )
-    raise MismatchError(
-        f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk "
-        f"{cfg.trunk.init} has {entries}: {way}"
-    )
 
 
 def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:

@@ -19,12 +19,8 @@ from ...model.trunk import Trunk, open_tensors
 from ...store.artifacts import save_tensors, write_text
 from .. import Parts
 from .config import FfnMoeConfig
-from .parts import (
-    check_vocabulary,
-    feature_statistics,
-    token_losses,
-)
-from .pretrained import pin_pretrained
+from .parts import feature_statistics, token_losses
+from .pretrained import check_vocabulary, pin_pretrained
 
 
 def write_pin(
@@ -44,7 +40,7 @@ def write_pin(
     trunk, dummy = open_tensors(
         checkpoint.settings, checkpoint.trunk, checkpoint.dummy, torch.float32
     )
-    check_vocabulary(cfg, rows.shards, len(trunk.head))
+    check_vocabulary(cfg, rows.shards.vocab_size, len(trunk.head))
     trunk, dummy = trunk.to(device()), dummy.to(device())
     nats = _validated(cfg, parts, trunk, dummy, held_out)
     statistics = feature_statistics(

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from ...config.base import PACKAGE
+from ...data.text.pretrained_tokenizer import vocab_size_here
 from ...errors import ConfigError, MismatchError
 from ...model.trunk import whole_settings
 from ...store.model_files import FindModel
 from ...store.model_sources import ModelSource, told_absent
 from .bundle import stock_settings
 from .config import FfnMoeConfig
-from .pretrained import stated_settings
+from .pretrained import check_vocabulary, stated_settings
 from .sections import ADAPTER
 
 
@@ -18,7 +19,8 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
     """Return what a person should know of trunk.init before a run of it, as far as it is seen from
     here.
 
-    Raises ConfigError for what no stage could train.
+    Raises ConfigError for what no stage could train, MismatchError for a larger tokenizer, and
+    DataError for a torn one.
     """
     name = cfg.trunk.init
     if name is None:
@@ -33,6 +35,10 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
             f"trunk.context_tokens: {cfg.trunk.context_tokens} tokens, and {name} has positions "
             f"for {most} (max_position_embeddings in its config.json); set it to {most} or less"
         )
+    vocab_size = vocab_size_here(cfg)
+    if vocab_size is not None:
+        # Otherwise told once all text is in tokens
+        check_vocabulary(cfg, vocab_size, settings["vocab_size"])
     try:
         layers = cfg.expert.in_layers(settings["num_hidden_layers"])
     except ValueError as error:

@@ -144,6 +144,24 @@ def _refusing(cfg: FfnMoeConfig) -> Iterator[None]:
         raise MismatchError(text) from error
 
 
+def check_vocabulary(cfg: FfnMoeConfig, vocab_size: int, entries: int) -> None:
+    """Raise MismatchError when a tokenizer of that size is larger than a pretrained trunk."""
+    # A trunk may have more rows than its tokenizer has entries: they are padding
+    if vocab_size <= entries:
+        return
+    way = "name the trunk's own tokenizer in tokenizer.pretrained"
+    if cfg.tokenizer.pretrained == cfg.trunk.init:
+        way = (
+            "tokens were added to it, and the model was not told. Remove those from "
+            f"{entries} on from its tokenizer.json (added_tokens), or save both anew after "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    raise MismatchError(
+        f"tokenizer {cfg.tokenizer.pretrained} has {vocab_size} entries, trunk "
+        f"{cfg.trunk.init} has {entries}: {way}"
+    )
+
+
 def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]:
     """Return a model's settings as its files state them, after a look at the files.
 
