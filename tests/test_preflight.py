@@ -403,6 +403,8 @@ def test_a_tokenizer_that_has_more_entries_than_the_trunk_is_told_before_text_is
         MismatchError, match=f"has {entries}: tokens were added .* Remove those from"
     ):
         here(cfg)
+    Tokenizer(WordLevel({}, unk_token="t0")).save(str(model / "tokenizer.json"))
+    assert here(cfg) == []
     (model / "tokenizer.json").write_text("torn")
     with pytest.raises(DataError, match=r"tokenizer.json: it is torn"):
         here(cfg)

@@ -81,8 +81,13 @@ def vocab_size_here(cfg: TextRunConfig) -> int | None:
         return None
     if name is None or path is None or path.suffix == GGUF:
         return None
-    model, _ = opened(name, cfg.tokenizer.revision)
-    return max(model.get_vocab(with_added_tokens=True).values()) + 1
+    return size_of(opened(name, cfg.tokenizer.revision)[0])
+
+
+def size_of(model: "Model") -> int:
+    """Return one more than a tokenizer's largest id, holes included: its get_vocab_size counts
+    entries, and an embedding needs a row for every id up to the last."""
+    return max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:

@@ -15,7 +15,7 @@ from ...errors import DataError
 from ...store.artifacts import write_text
 from ...store.foreign import without_code
 from ...store.reading import damaged, read_bytes, read_object
-from .pretrained_tokenizer import opened
+from .pretrained_tokenizer import opened, size_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Model
@@ -68,9 +68,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, holes included."""
-        # get_vocab_size counts entries, and an embedding needs a row for every id up to the last
-        ids = self.model.get_vocab(with_added_tokens=True).values()
-        return max(ids) + 1
+        return size_of(self.model)
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Return the ids of each text, on all cores, without special tokens of any kind.
