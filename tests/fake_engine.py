@@ -42,6 +42,7 @@ class FakeEngine:
     speakers = (*EXPERTS, "base")
     readers = (*EXPERTS, "base")
     context_tokens = 256
+    echoes = False
     made_at = 7
     about: ClassVar = {
         "experts": [{"name": "sea", "domain": "ocean"}, {"name": "shop"}],

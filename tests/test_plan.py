@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from conftest import WORDS, measured_rate, tiny_config
 from rich.console import Console
 from small_tasks import Source, picture, simple
+from spent import is_done_in
 from test_cloud_client import PRICES
 from yaml_text import yaml_text
 
@@ -382,18 +382,6 @@ def test_a_rate_is_measured_with_one_thread_whatever_others_do(monkeypatch):
     finally:
         real(before)
     assert set_to == [1, 6] and seen == [(512, False)]
-
-
-def is_done_in(seconds, act) -> bool:
-    """Whether a call takes less of the processor, and not of the clock, which others have a share
-    in; at the third time at the latest, as what else this process has to clear away may fall into
-    it."""
-    for _ in range(3):
-        start_s = time.process_time()
-        act()
-        if time.process_time() - start_s < seconds:
-            return True
-    return False
 
 
 @pytest.mark.parametrize("bf16", [False, True])

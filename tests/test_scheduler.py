@@ -67,8 +67,10 @@ def asked(draw: random.Random, readers) -> tuple[Prompt, Sampling]:
     ids = tuple(draw.randrange(END) for _ in range(draw.choice((1, 2, 5, 11, 30, 60))))
     reader = draw.choice((None, None, *readers))
     stop = draw.choice(((), (), ("ea",), ("hhb", "cgd")))
+    echoes = draw.random() < 0.2
     sampling = Sampling(
-        max_tokens=draw.choice((1, 2, 7, 20, None)),
+        max_tokens=draw.choice((1, 2, 7, 20, 0 if echoes else None)),
+        echoes=echoes,
         temperature=draw.choice((0.0, 0.0, 0.8, 2.0)),
         top_p=draw.choice((1.0, 0.7)),
         top_k=draw.choice((0, 0, 5)),

@@ -146,6 +146,56 @@ def test_a_greedy_completion_is_what_transformers_generates(client, bundled):
     assert answer["usage"]["prompt_tokens"] == ids_BT.shape[1]
 
 
+def test_an_echo_has_the_probabilities_that_transformers_gives(client, bundled):
+    """As evaluation harnesses ask for them: of texts and of tokens' numbers, several at once, with
+    one token more, which they leave out, or none."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled[2])
+    model = AutoModelForCausalLM.from_pretrained(bundled[2], dtype=torch.float32)
+    texts = [PROMPT, "5: shop hall sea", "tide"]
+    for prompts in (texts, tokenizer(texts).input_ids):
+        answer = complete(client, prompt=prompts, max_tokens=1, echo=True, logprobs=1, seed=1)
+        for text, choice in zip(texts, answer["choices"], strict=True):
+            ids = tokenizer(text).input_ids
+            told = choice["logprobs"]
+            assert choice["text"].startswith(text) and len(told["tokens"]) == len(ids) + 1
+            spelled = zip(ids, told["text_offset"], told["tokens"], strict=False)
+            own = [(at, each) for token, at, each in spelled if token != tokenizer.eos_token_id]
+            assert own and all(text[at:].startswith(each) for at, each in own)
+            with torch.no_grad():
+                nats_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+            for at, token in enumerate(ids[1:]):
+                best = nats_TV[at].max().item()
+                own = told["token_logprobs"][at + 1]
+                assert own == pytest.approx(nats_TV[at, token].item(), abs=1e-4)
+                assert max(told["top_logprobs"][at + 1].values()) == pytest.approx(best, abs=1e-4)
+    assert answer["usage"]["completion_tokens"] == len(texts)
+
+
+def test_an_echo_needs_no_further_token_and_is_the_same_as_a_stream(client):
+    whole = complete(client, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (PROMPT, "length")
+    assert whole["usage"]["completion_tokens"] == 0
+    assert len(choice["logprobs"]["tokens"]) == whole["usage"]["prompt_tokens"]
+    with client.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 2, "stream": True},
+    ) as answer:
+        events = [
+            json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")
+        ]
+    parts = [event["choices"][0] for event in events]
+    assert "".join(part["text"] for part in parts) == PROMPT
+    joined = {name: [] for name in choice["logprobs"]}
+    for part in parts:
+        for name, values in (part["logprobs"] or {}).items():
+            joined[name] += values
+    assert joined == choice["logprobs"]
+    assert complete(client, max_tokens=0, echo=True)["choices"][0]["logprobs"] is None
+
+
 def test_an_answer_has_openais_form(client):
     answer = complete(
         client, max_tokens=5, user="someone", n=1, stream=False, logprobs=None, stop=None
@@ -252,7 +302,7 @@ def test_a_completion_names_its_experts_on_request(client):
 
 WRONG = {
     "n": ({"prompt": "x", "n": 17}, "n: must be at most 16", "n"),
-    "echo": ({"prompt": "x", "echo": True}, "echo: not supported", "echo"),
+    "echo": ({"prompt": "x", "echo": 2}, "echo: must be true or false", "echo"),
     "logprobs": ({"prompt": "x", "logprobs": 21}, "logprobs: must be at most 20", "logprobs"),
     "no prompt": ({}, "prompt: must be given", "prompt"),
     "null prompt": ({"prompt": None}, "prompt: must be given", "prompt"),
@@ -265,7 +315,7 @@ WRONG = {
     ),
     "no tokens": (
         {"prompt": "x", "max_tokens": 0},
-        "max_tokens: must be at least 1",
+        "max_tokens: 0 draws nothing.*set echo to true",
         "max_tokens",
     ),
     "too many tokens": (

@@ -98,11 +98,12 @@ class Seconds(TypedDict):
 
 @_whole
 class CompletionLogprobs(TypedDict):
-    """Probabilities of tokens, in nats; each list has an entry for each token."""
+    """Probabilities of tokens, in nats; each list has an entry for each token. The first one of a
+    prompt that is echoed has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -1,6 +1,7 @@
 """POST /v1/completions: texts that go on, in OpenAI's form."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import FastAPI, Request
@@ -18,7 +19,7 @@ from .answers import (
 from .forms import Form, Json
 from .generation import Piece, Prompt, Sampling
 from .interface import described
-from .protocol import OnlyFalse, OnlyNone, read_body
+from .protocol import OnlyNone, read_body
 from .refusals import ApiError
 from .sampling_body import MAX_CHOICES, MAX_LIKELIEST, SamplingBody
 from .service import Service
@@ -49,15 +50,21 @@ class CompletionBody(SamplingBody):
         str | list[str] | list[int] | list[list[int]],
         BeforeValidator(_prompts),
     ] = Field(description="Text to go on with, or several; an empty one starts a new text")
-    max_tokens: int = Field(16, ge=1, description="Tokens to draw at most")
+    max_tokens: int = Field(
+        16, ge=0, description="Tokens to draw at most; none of a text that is echoed alone"
+    )
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LIKELIEST,
         description="Tell each token's probability, and those of so many likeliest",
     )
-    # The rest of OpenAI's fields, of which only the default is served.
-    echo: OnlyFalse = False
+    echo: bool = Field(
+        False,
+        description="Tell the prompt before what is drawn, with logprobs each of its tokens' "
+        "probability after those before it; a language model's bundle alone",
+    )
+    # The one of OpenAI's fields of which only the default is served.
     suffix: OnlyNone = None
 
     @property
@@ -141,9 +148,10 @@ def add_completions(app: FastAPI, service: Service) -> None:
         def samplings(prompt: Prompt) -> Iterator[Sampling]:
             if len(prompt.ids) + body.max_tokens > service.context_tokens:
                 raise service.too_long(prompt, "prompt", body.max_tokens)
-            return body.samplings(
+            drawn = body.samplings(
                 body.max_tokens, service.prompts.temperature, body.logprobs, service.limits.seconds
             )
+            return (replace(sampling, echoes=body.echo) for sampling in drawn)
 
         return await answered(
             service, request, body, CompletionForm, prompts, samplings, param="prompt"
@@ -163,6 +171,20 @@ def _check_size(body: CompletionBody, service: Service) -> None:
     if body.max_tokens > most:
         raise ApiError(
             400, f"max_tokens: at most {most} here (found {body.max_tokens})", "max_tokens"
+        )
+    if not (body.max_tokens or body.echo):
+        raise ApiError(
+            400,
+            "max_tokens: 0 draws nothing, and without echo nothing would be told; ask for 1 or "
+            "more, or set echo to true",
+            "max_tokens",
+        )
+    if body.echo and not service.engine.echoes:
+        raise ApiError(
+            400,
+            "echo: not supported by a bundle that answers questions, which are put to it in a form "
+            "of its own; leave it out",
+            "echo",
         )
     texts = len(body.prompts) * body.n
     if texts > MAX_CHOICES:

@@ -21,6 +21,7 @@ from ..hardware import device, has_bf16
 from ..model.language_model import filled
 from ..store.bundle import DENSE, SUMS, about, start_ids, verify
 from .dense import DenseModel, opened_dense, steady_dense
+from .echoed import EchoedRow
 from .gates import GateChoice
 from .generation import (
     BASE_READER,
@@ -44,7 +45,7 @@ from .scheduler import Scheduler
 from .steady.mixture import SteadyMixture, can_be_steady
 from .steady.network import SteadyNetwork
 from .steady.trial import is_steady
-from .text_stream import TextStream
+from .text_stream import TextStream, shares_of
 
 MOST_OF_A_NAME = 200  # characters; configurations allow 64
 NO_BF16 = "has no form in bf16 here; set serve.dtype to fp32 or auto"
@@ -84,6 +85,7 @@ class Engine(ABC):
     """
 
     dtype: Dtype = "fp32"  # of products, as it is wanted
+    echoes = False  # whether a prompt's own tokens can be told, with their probabilities
     context_tokens: int
     readers: tuple[str, ...]  # who can be asked for by name
     speakers: tuple[str, ...]  # by the numbers that tokens tell
@@ -157,7 +159,9 @@ class Engine(ABC):
         if not count:
             raise DataError("there is no token to go on from")
         # a text that is only routed draws none; one without a limit needs room for one
-        wanted = 0 if sampling is None else sampling.max_tokens or 1
+        wanted = 0
+        if sampling is not None:
+            wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if count + wanted > self.context_tokens:
             raise DataError(
                 f"{count} tokens and {wanted} to be drawn are over the context of "
@@ -232,6 +236,8 @@ class CompletionEngine(Engine):
     MismatchError for one that does not compute what its stack does, ConfigError for a dtype that it
     is not run in.
     """
+
+    echoes = True
 
     def __init__(self, folder: Path, capacity: Capacity | None = None, dtype: Dtype = "fp32"):
         super().__init__(folder, capacity, dtype)
@@ -328,16 +334,22 @@ class CompletionEngine(Engine):
         """
         self._check(prompt, sampling)
         generation = Generation(prompt, sampling)
-        room = self.context_tokens - len(prompt.ids)
-        row = TextRow(
-            Order.of_text(generation, client),
+        order = Order.of_text(generation, client)
+        sink = TextSink(generation, self.watcher)
+        stream = TextStream(self._decode, sampling.stop, prompt.ids if prompt.goes_on else ())
+        limit = self.context_tokens - len(prompt.ids)
+        if sampling.max_tokens is not None:
+            limit = min(sampling.max_tokens, limit)
+        kind = EchoedRow if sampling.echoes else TextRow
+        row = kind(
+            order,
             prompt.ids,
             prompt.reader,
-            TextSink(generation, self.watcher),
+            sink,
             TokenSampler(sampling),
-            TextStream(self._decode, sampling.stop, prompt.ids if prompt.goes_on else ()),
+            stream,
             self._end_ids(),
-            min(sampling.max_tokens or room, room),
+            limit,
         )
         self.scheduler.add(row)
         return generation
@@ -373,13 +385,8 @@ class CompletionEngine(Engine):
 
     def _tokens(self, ids: Sequence[int], choices: Sequence[GateChoice]) -> list[Token]:
         """Return tokens whose texts, put together, are what ids say."""
-        stream = TextStream(self._decode)
-        texts = []
-        for token in ids:
-            texts += stream.add(token)
-        texts += stream.end()
         tokens = []
-        for token, text, choice in zip(ids, texts, choices, strict=True):
+        for token, text, choice in zip(ids, shares_of(ids, self._decode), choices, strict=True):
             tokens.append(Token(token, text, choice.experts, choice.weights))
         return tokens
 

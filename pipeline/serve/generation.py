@@ -69,7 +69,8 @@ class Sampling:
     """How a text goes on: temperature 0 takes the likeliest token, seed None draws another one each
     time."""
 
-    max_tokens: int | None = 16  # None: as many as its reader was taught, or the context has
+    # None: as many as its reader was taught, or the context has; 0: of a text that is echoed
+    max_tokens: int | None = 16
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -82,6 +83,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
     # None: no probabilities are told; n: each token's, and beside it those of the n likeliest
     logprobs: int | None = None
+    echoes: bool = False  # its prompt's tokens are told too, before those that are drawn
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Piece:
 
     token: Token | None  # None: the end
     text: str
-    logprob: float | None = None  # of the token, where they are asked for; nats
+    # of the token, where they are asked for; nats. None also of a text's first one
+    logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
     finish: Finish | None = None  # of the end
 
@@ -386,6 +389,7 @@ class Generating(Protocol):
     # who can be asked for by name: the experts, and "base" and "dense" where they are
     readers: tuple[str, ...]
     context_tokens: int
+    echoes: bool  # whether a prompt's own tokens can be told, with their probabilities
     stats: Stats
     watcher: Watcher | None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.chunks import chunk_of
 from ..model.experts import BLOCK_ROWS, Expert
 from ..model.kernels.frozen import product_dtype
 from ..model.kernels.shared_base import Factors, shared_base_mix
@@ -26,6 +27,7 @@ from .gates import FREE, NOBODY, GateChoice, GateHearing
 from .generation import BASE_READER, DENSE_READER
 from .held_weights import cast_weights
 from .rows import ServedRow
+from .sampling import Drawn, check_numbers, with_nats
 from .slot_cache import SlotCache, rounded
 
 FEW_ROWS = 8
@@ -266,12 +268,10 @@ class Network(ABC):
         return kind(tuple(chunks), self.pad_id, self.device)
 
     def read(self, batch: Batch) -> tuple[Tensor, list[list[GateChoice]]]:
-        """Run one pass, whose keys and values are kept; return x_BD after the last token of each
-        row, and per row who read its tokens: all of them where the row tells all, else the last
-        one."""
+        """Run one pass, whose keys and values are kept; return x_BTD, and per row who read its
+        tokens: all of them where the row tells all, else the last one."""
         batch.enter(self.cache, self.seen_step)
-        x_BTD = self.hidden(batch)
-        return batch.last(x_BTD), self.heard(batch)
+        return self.hidden(batch), self.heard(batch)
 
     def extras(self, _batch: Batch) -> dict[str, Any]:
         """Return what a pass is given beside its tokens."""
@@ -302,6 +302,18 @@ class Network(ABC):
         """Return logit_BV."""
         logits: Tensor = self.model.lm_head(x_BD)
         return logits
+
+    def scored(self, x_ND: Tensor, next_ids: Sequence[int], likeliest: int) -> list[Drawn]:
+        """Return the tokens that follow in a text that is there, with their probabilities and those
+        of so many likeliest. Raises ArithmeticError for logits that are no numbers."""
+        found = []
+        count = chunk_of(self.vocab_size)
+        for start in range(0, len(next_ids), count):
+            logit_NV = self.logits(x_ND[start : start + count]).float().cpu()
+            for logit_V, token in zip(logit_NV, next_ids[start:], strict=False):
+                check_numbers(logit_V)
+                found.append(with_nats(logit_V, token, likeliest))
+        return found
 
     def masks(self, batch: Batch) -> Any:
         """Return the mask as the class takes it: one, or one by kind of layer."""

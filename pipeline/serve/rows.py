@@ -59,6 +59,8 @@ class ServedRow:
 
     needs_logits = True  # once all of it is read
     tells_all = False  # at every place who reads it, and not only where a token is drawn
+    # of each of its own tokens its probability, with those of so many likeliest; None: of none
+    scores: int | None = None
 
     def __init__(self, order: Order, ids: Sequence[int], reader: str | None):
         self.order = order
@@ -93,6 +95,10 @@ class ServedRow:
 
     def begin(self) -> None:
         """Say that it has a row."""
+
+    def scored(self, scores: Sequence[Drawn]) -> None:
+        """Take the probabilities of some of its tokens, after their predecessors, where they are
+        wanted."""
 
     def heard(self, choices: Sequence[GateChoice]) -> None:
         """Take who read some of its tokens, where it tells all."""

@@ -70,14 +70,7 @@ class TokenSampler:
         check_numbers(changed_V)
         token = int(changed_V.argmax()) if self._is_cold else self._drawn_from(changed_V)
         self._drawn[token] += 1
-        if self.told is None:
-            return Drawn(token)
-        nats_V = wide_V - wide_V.logsumexp(-1)
-        likeliest = []
-        if self.told:
-            best = nats_V.topk(min(self.told, len(nats_V)))
-            likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Drawn(token, nats_V[token].item(), tuple(likeliest))
+        return Drawn(token) if self.told is None else with_nats(wide_V, token, self.told)
 
     def _changed(self, wide_V: Tensor) -> Tensor:
         """Return logits less penalties of what was drawn, with the bias that was asked for."""
@@ -134,6 +127,16 @@ def _nucleus(logit_N: Tensor, share: float) -> tuple[Tensor, Tensor]:
             break
     is_kept_N[0] = True
     return best.indices[is_kept_N], best.values[is_kept_N]
+
+
+def with_nats(logit_V: Tensor, token: int, likeliest: int) -> Drawn:
+    """Return a token with its probability and those of so many likeliest, of logits in fp32."""
+    nats_V = logit_V - logit_V.logsumexp(-1)
+    pairs: list[tuple[int, float]] = []
+    if likeliest:
+        best = nats_V.topk(min(likeliest, len(nats_V)))
+        pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Drawn(token, nats_V[token].item(), tuple(pairs))
 
 
 def check_numbers(logit_V: Tensor) -> None:

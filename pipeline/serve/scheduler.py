@@ -8,7 +8,7 @@ stack, its rows are read in passes of their own.
 Invariant: only this thread runs the network or changes a row; others add to the line, cancel, and
 read pieces.
 
-B rows of a pass, D model width, V vocabulary.
+B rows of a pass, T tokens of the longest, N tokens of one row, D model width, V vocabulary.
 """
 
 import logging
@@ -290,20 +290,25 @@ class Scheduler:
         # A row that an earlier attempt freed has moved others
         chunks = [replace(chunk, slot=self._rows.index(chunk.row)) for chunk in chunks]
         network = self.network.reads(chunks[0].row)
-        x_BD, told = network.read(network.batch(chunks))
+        batch = network.batch(chunks)
+        x_BTD, told = network.read(batch)
         wanted = []
         for at, chunk in enumerate(chunks):
             if chunk.row.needs_logits and chunk.end >= len(chunk.row.ids):
                 wanted.append(at)
-        logit_BV = network.logits(x_BD[wanted])
+        logit_BV = network.logits(batch.last(x_BTD)[wanted])
         # From here on nothing fails for all of them, and what was read stays read
-        for chunk, choices in zip(chunks, told, strict=True):
+        for chunk, own, choices in zip(chunks, batch.own, told, strict=True):
             row = chunk.row
             self.stats.prompt_tokens += max(0, min(chunk.end, len(row.ids)) - row.read)
             row.read = chunk.end
             row.chunks += 1
-            if row.tells_all:
-                with self._failing_alone(row):
+            with self._failing_alone(row):
+                if row.scores is not None:
+                    next_ids = row.ids[chunk.start + 1 : chunk.end + 1]
+                    x_ND = x_BTD.flatten(0, 1)[own][: len(next_ids)]
+                    row.scored(network.scored(x_ND, next_ids, row.scores))
+                if row.tells_all:
                     row.heard(choices)
         self._answer([chunks[at].row for at in wanted], logit_BV, [told[at] for at in wanted])
         for chunk in chunks:

@@ -8,6 +8,8 @@ BEFORE_TOKENS = 8
 HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
 PARTIAL = "\ufffd"  # stands for bytes that are no whole character yet
 
+Decode = Callable[[list[int]], str]
+
 
 class TextStream:
     """Takes tokens one after another and gives back each one's share of the text, in order, once it
@@ -15,12 +17,12 @@ class TextStream:
 
     def __init__(
         self,
-        decode: Callable[[list[int]], str],
+        decode: Decode,
         stops: Sequence[str] = (),
         before: Sequence[int] = (),
     ):
         self.stopped = False  # a stop string was found: what comes after it is no text
-        self._decode = decode
+        self.decode = decode
         self._stops = tuple(stops)
         # Decoded behind the tokens before them, because a decoder may treat a text's start
         # otherwise, but not behind all of them, which would take time by the square.
@@ -36,7 +38,7 @@ class TextStream:
     def add(self, token: int) -> list[str]:
         """Return the shares that may be shown now that there is another token."""
         self._open.append(token)
-        text = self._decode(self._before + self._open)[len(self._known) :]
+        text = self.decode(self._before + self._open)[len(self._known) :]
         if text.endswith(PARTIAL) and len(self._open) < HELD_TOKENS:
             return self._stop(text.rstrip(PARTIAL)) or []
         stopped = self._stop(text)
@@ -48,7 +50,7 @@ class TextStream:
     def end(self) -> list[str]:
         """Return all other shares, as no token comes any more."""
         if self._open:
-            text = self._decode(self._before + self._open)[len(self._known) :]
+            text = self.decode(self._before + self._open)[len(self._known) :]
             stopped = self._stop(text)
             if stopped is not None:
                 return stopped
@@ -61,7 +63,7 @@ class TextStream:
         """Take the open tokens as whole, with their text."""
         self._texts += _shares(text, len(self._open))
         self._before = self._open
-        self._known = self._decode(self._before)
+        self._known = self.decode(self._before)
         self._open = []
 
     def _stop(self, text: str) -> list[str] | None:
@@ -101,6 +103,15 @@ class TextStream:
                     longest = count
                     break
         return longest
+
+
+def shares_of(ids: Sequence[int], decode: Decode) -> list[str]:
+    """Return each token's share of what ids say."""
+    stream = TextStream(decode)
+    texts: list[str] = []
+    for token in ids:
+        texts += stream.add(token)
+    return texts + stream.end()
 
 
 def _shares(text: str, tokens: int) -> list[str]:

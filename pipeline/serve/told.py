@@ -89,14 +89,19 @@ def completion_logprobs(drawn: Iterable[Piece], offset: int, spell: Spell) -> Co
     for piece in drawn:
         own, likely = _spelled(piece, spell)
         out["tokens"].append(own["token"])
+        out["text_offset"].append(offset)
+        offset += len(piece.text)
+        if piece.logprob is None:
+            # the first one of a prompt that is echoed
+            out["token_logprobs"].append(None)
+            out["top_logprobs"].append(None)
+            continue
         out["token_logprobs"].append(own["logprob"])
         # The drawn one is always among them, as OpenAI has it; of two with one text the likelier.
         top = {own["token"]: own["logprob"]}
         for each in likely:
             top.setdefault(each["token"], each["logprob"])
         out["top_logprobs"].append(top)
-        out["text_offset"].append(offset)
-        offset += len(piece.text)
     return out
 
 

@@ -1,6 +1,6 @@
 """Whether a network gives a text the same bits alone and among others, tried on this machine.
 
-B rows, D model width, V vocabulary.
+B rows, T tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -75,5 +75,6 @@ def _logits(network: Network, rows: Sequence[ServedRow], bounds: Sequence[int]) 
 
 
 def _passed(network: Network, chunks: Sequence[Chunk]) -> Tensor:
-    x_BD, _ = network.read(network.batch(chunks))
-    return x_BD
+    batch = network.batch(chunks)
+    x_BTD, _ = network.read(batch)
+    return batch.last(x_BTD)
