@@ -99,6 +99,9 @@ def test_lines_are_of_lists_too(tmp_path):
         ("extends: a.yaml", "extends itself"),
         ("extends: b/back.yaml", "extends itself, by way of a.yaml -> back.yaml"),
         ("trunk:", "trunk: must be a section of its own"),
+        ("trunk: &a {x: [*a]}", "an alias (*name) stands within what it names"),
+        ("trunk: " + "[" * 2000, "is not YAML: it is nested too deep"),
+        ("joint: {layers: [true]}", "joint.layers: must be a whole number"),
         ("trunk: {steps: .nan}", "trunk.steps"),
         ("trunk: {steps: 1, lr: .inf}", "trunk.lr: must be a finite number or 'auto'"),
     ],
@@ -111,8 +114,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path, text, wanted):
 def test_a_file_that_is_not_there_points_at_those_that_are(tmp_path):
     assert "config/" in problems(tmp_path / "gone.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read" in problems(tmp_path / "bytes.yaml")
-    assert "cannot be read" in problems(tmp_path)
+    assert "is not UTF-8 (byte 0); save it as UTF-8" in problems(tmp_path / "bytes.yaml")
+    assert "is a folder; name the file in it" in problems(tmp_path)
 
 
 def test_a_chain_of_files_is_laid_on_top_of_each_other(tmp_path):

@@ -26,7 +26,7 @@ from pipeline.report.schema.experiments import ExperimentResults
 from pipeline.run import speeds
 from pipeline.run.backend import JobLines, printed_progress
 from pipeline.run.experiments import remaining
-from pipeline.run.experiments.conduct import conduct, write_results
+from pipeline.run.experiments.conduct import alike, conduct, write_results
 from pipeline.run.experiments.criteria import judged
 from pipeline.run.experiments.reading import read_experiments
 from pipeline.run.experiments.search import Study, TriedTrial, groups
@@ -428,6 +428,7 @@ def test_a_base_that_is_named_stands_in_place_of_another(tmp_path):
     assert trial.cfg.trunk.d_ff == 48
 
 
+ENDS = {"low": 1e-3, "high": 1e-2}
 WRONG = {
     "makes": (
         {"trials": {"x": {"makes": "dense wide"}}},
@@ -449,6 +450,37 @@ WRONG = {
         "give low and high, the lesser one first",
     ),
     "unknown": ({"trails": {}}, "trails"),
+    "seed twice": ({"seeds": [1, 1]}, "seeds: name each seed once; 1 is there again"),
+    "seed below 0": ({"seeds": [-1]}, r"\(1 problem\):\n  seeds.0: must be at least 0"),
+    "seed true": ({"seeds": [True]}, "seeds: must be a whole number"),
+    "a seed that is changed": (
+        {"grids": {"g": {"over": {"seed": [1, 2]}}}},
+        "trial g-seed_1: seed: seeds are listed by `seeds`",
+    ),
+    "a name that is changed": ({"trials": {"x": {"change": {"name": "y"}}}}, "trial x: name: a"),
+    "twice": (
+        {"trials": {"x": {"change": {"router.top_k": 1, "router": {"top_k": 2}}}}},
+        "router.top_k is given twice",
+    ),
+    "null": ({"trials": {"x": None}}, "trials.x is null, .* write x: {} for one"),
+    "no values": ({"grids": {"g": {"over": {"router.top_k": []}}}}, "top_k: must have at least 1"),
+    "value twice": ({"grids": {"g": {"over": {"router.top_k": [1, 1]}}}}, "1 is there twice"),
+    "axis twice": (
+        {"grids": {"g": {"over": {"router.top_k, trunk.steps": [[1, 2]], "trunk.steps": [3]}}}},
+        "grids.g.over: trunk.steps is there twice",
+    ),
+    "nothing to search": (
+        {"searches": {"x": {"space": {"joint.topk": {"choices": [1, 2]}}, "trials": 9}}},
+        "(?s)searches.x: no end of its space .* did you mean top_k",
+    ),
+    "no model to search": (
+        {"searches": {"x": {"makes": "joint wide", "space": {"joint.lr": ENDS}, "trials": 9}}},
+        "searches.x: no end of its space describes a run: trial x: makes: joint wide",
+    ),
+    "a name that is searched": (
+        {"trials": {"x-001": {}}, "searches": {"x": {"space": {"joint.lr": ENDS}, "trials": 2}}},
+        "searches.x: two trials are called x-001",
+    ),
 }
 
 
@@ -456,6 +488,40 @@ WRONG = {
 def test_mistakes_are_named_before_anything_starts(sections, text, tmp_path):
     with pytest.raises(ConfigError, match=text):
         listed_trials(read_experiments(written(tmp_path, **sections)))
+
+
+def test_names_of_trials_are_names_and_differ(tmp_path):
+    long = ["x" * 30 + each for each in ("1", "2")]
+    over = {
+        "dense.baselines": [["total"], ["total", "path"]],
+        "runtime.wandb_project": ["a/b", "a?b", *long],
+    }
+    path = written(tmp_path, searches={}, grids={"g" * 30: {"over": over}})
+    trials = listed_trials(read_experiments(path))[5:]
+    names = [each.name for each in trials]
+    assert len({each.cfg.name for each in trials}) == len({*names}) == 8
+    assert names[0] == "g" * 30 + "-baselines_total-wandb_project_a_b"
+    assert names[4].startswith("g" * 30 + "-baselines_total_path")
+
+
+@pytest.mark.parametrize("name", ["my trials.yaml", "_a.yaml", "a" * 57 + ".yaml"])
+def test_a_file_whose_name_is_no_name_is_to_be_renamed(name, tmp_path):
+    path = written(tmp_path).rename(tmp_path / name)
+    with pytest.raises(ConfigError, match="experiments are called by their file, so rename it"):
+        read_experiments(path)
+
+
+def test_trials_that_are_one_model_are_told_and_a_search_needs_one_value_alone(tmp_path):
+    changed = {"makes": "joint moe", "change": {"expert.steps": 9}}
+    trials = {"moe": {"makes": "joint moe"}, "moe9": changed}
+    # Of four experts no three are chosen by one, which fails by itself
+    space = {"joint.top_k": {"low": 1, "high": 9, "whole": True}}
+    searches = {"s": {"makes": "joint moe", "space": space, "trials": 1}}
+    path = written(tmp_path, trials=trials, grids={}, searches=searches)
+    found = listed_trials(read_experiments(path))
+    assert alike(found) == [
+        "One model, as what differs between them has no part in it: trials moe, moe9."
+    ]
 
 
 def test_a_file_of_experiments_is_no_run_and_a_run_is_none(tmp_path):

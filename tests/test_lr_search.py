@@ -29,6 +29,7 @@ from pipeline.run.stages import RUN, Addresses, label
 from pipeline.store.artifacts import Store
 from pipeline.store.history import read
 from pipeline.train import lr_search as lr_searching
+from pipeline.train.loop import fit
 from pipeline.train.lr_search import FOUND, MOST_RATES, Search, rate_of, rung_of, search
 from tests import small
 
@@ -112,6 +113,16 @@ def test_rates_that_all_diverge_are_an_error_that_names_the_setting():
         PipelineError, match=r"at any rate from 1e-06 to 0.001; set trunk.lr to a l"
     ):
         judged(lambda _rate: math.inf, 3e-4)
+
+
+def test_advice_names_the_rate_that_a_baseline_has(tmp_path):
+    given = small.config(dense__lr=0.5)
+    named = [given.rate_setting("train_dense", item) for item in ("total", "scratch")]
+    assert named == ["dense.lr", "trunk.lr"]
+    assert small.config().rate_setting("train_dense", "total") == "expert.lr"
+    place = train_io(tmp_path, rate="dense.lr")
+    with pytest.raises(PipelineError, match="Try a lower dense.lr, a longer trunk.warmup"):
+        fit(replace(small_task(), validate=lambda: math.nan), place)
 
 
 def test_a_real_divergence_loses_too():

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.report import LanguageReport, Report, RequestReport, show
+from pipeline.report.terminal import clean
 from tests.small_reports import (
     DOMAINS,
     NASTY,
@@ -93,6 +94,10 @@ def test_names_reach_the_terminal_without_control_characters():
     text = printed(report)
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def test_an_error_of_several_lines_is_read_in_a_cell():
+    assert clean("a run:\n  one\tproblem\r", "utf-8") == "a run:   one problem?"
 
 
 def test_a_lone_surrogate_does_not_stop_it():

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config.experiments import ExperimentsConfig, RangeConfig, SearchConfig
+from ..config.experiments import ExperimentsConfig, SearchConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, DataError, PipelineError
 from ..families.load import parse
@@ -204,7 +204,7 @@ def _dearest(
     def priced(values: Mapping[str, Any]) -> list[JobEstimate]:
         seed = (search.seeds or experiments.settings.seeds)[0]
         try:
-            trial = made_trial(experiments, name, search, {**search.change, **values}, seed)
+            trial = made_trial(experiments, name, search, values, seed)
         except ConfigError:
             # Values that describe no run together cost nothing
             return []
@@ -213,12 +213,12 @@ def _dearest(
         # What other trials make as well is paid once
         return [line for address, line in own.items() if address not in lines]
 
-    first = {dotted: _ends(each)[0] for dotted, each in search.space.items()}
+    first = {dotted: each.ends[0] for dotted, each in search.space.items()}
     found = [priced(first)]
     together = dict(first)
     for dotted, each in search.space.items():
         most = _usd(found[0])
-        for value in _ends(each)[1:]:
+        for value in each.ends[1:]:
             found.append(priced({**first, dotted: value}))
             if _usd(found[-1]) > most:
                 most = _usd(found[-1])
@@ -226,14 +226,6 @@ def _dearest(
     # Last, as each setting's dearest value need not go together with the others'
     found.append(priced(together))
     return max(found, key=_usd)
-
-
-def _ends(wanted: RangeConfig) -> list[Any]:
-    """Return the values of a setting that are priced: all of its choices, or both ends."""
-    if wanted.choices is not None:
-        return list(wanted.choices)
-    both = (wanted.low, wanted.high)
-    return [int(end or 0) if wanted.whole else end for end in both]
 
 
 def _usd(lines: Sequence[JobEstimate]) -> float:

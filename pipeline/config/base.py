@@ -74,7 +74,8 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: object, about: ValidationInfo) -> object:
         """Refuse `steps: true`, which Python would take for 1."""
-        if not isinstance(value, bool) or about.field_name is None:
+        entries = value if isinstance(value, list | tuple) else (value,)
+        if about.field_name is None or not any(isinstance(each, bool) for each in entries):
             return value
         types = set(types_of(cls.model_fields[about.field_name].annotation))
         if types & {int, float} and bool not in types:

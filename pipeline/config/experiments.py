@@ -3,10 +3,11 @@
 It describes no run: each trial is the base with changes, checked as any run is.
 """
 
+import hashlib
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from .base import Name, Section, Share
 
@@ -14,6 +15,35 @@ from .base import Name, Section, Share
 MODEL = re.compile(r"stack|(joint|dense) [a-z][a-z0-9_]*")
 # By dotted names of settings; sections in each other may stand there as in a run's file
 Changes = dict[str, Any]
+# What a run may be called at most
+LONGEST_NAME = 64
+# Of the digest in a name that would be longer
+DIGEST = 6
+
+
+def _each_once(seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    # One run counted twice would be a spread of nothing
+    twice = sorted({seed for seed in seeds or () if (seeds or ()).count(seed) > 1})
+    if twice:
+        raise ValueError(f"name each seed once; {', '.join(map(str, twice))} is there again")
+    return seeds
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_each_once)]
+
+
+def run_name(experiments: str, trial: str) -> str:
+    """Return what the run of a trial is called, whichever seed it has."""
+    return cut(f"{experiments}.{trial}")
+
+
+def cut(name: str) -> str:
+    """Return a name that a run may have: the end of a longer one is a digest of the whole, so that
+    two of them stay two."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:DIGEST]
+    return f"{name[: LONGEST_NAME - DIGEST - 1]}-{digest}"
 
 
 class TrialConfig(Section):
@@ -25,7 +55,7 @@ class TrialConfig(Section):
         "joint.models; dense NAME: one of dense.baselines",
     )
     change: Changes = Field({}, description="Settings by dotted name, over the base")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    seeds: Seeds | None = Field(
         None, min_length=1, description="Seeds of this trial; none: those of the file"
     )
 
@@ -40,7 +70,7 @@ class TrialConfig(Section):
 class GridConfig(TrialConfig):
     """Trials that differ in a few settings, every value of one with every value of the others."""
 
-    over: dict[str, list[Any]] = Field(
+    over: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         ...,
         min_length=1,
         description="Values by dotted name; settings that go together are one name with commas, "
@@ -72,6 +102,14 @@ class RangeConfig(Section):
         if self.whole and (self.low % 1 or self.high % 1):
             raise ValueError("low and high of a whole number are whole numbers")
         return self
+
+    @property
+    def ends(self) -> list[Any]:
+        """All of its choices, or both ends of its range."""
+        if self.choices is not None:
+            return list(self.choices)
+        both = (self.low, self.high)
+        return [int(end or 0) if self.whole else end for end in both]
 
 
 class SearchConfig(TrialConfig):
@@ -126,7 +164,7 @@ class ExperimentsConfig(Section):
     """Everything an experiments file says."""
 
     base: dict[str, Any] = Field(..., description="A run's settings, or the path of its file")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    seeds: Seeds = Field(
         (0,), min_length=1, description="Each trial is made once with each of them"
     )
     trials: dict[Name, TrialConfig] = Field({}, description="Trials by name")

@@ -42,10 +42,25 @@ def parse_yaml(text: str) -> Any:
     parser = YAML(typ="safe", pure=True)
     parser.Constructor = _Constructor
     try:
-        return parser.load(text)
+        found = parser.load(text)
     except TypeError as error:
         # A key that is a list with a mapping in it: ruamel checks for less before it looks it up.
         raise YAMLError(f"a key must be a name: {error}") from None
+    except RecursionError:
+        raise YAMLError("it is nested too deep") from None
+    if _holds_itself(found, ()):
+        raise YAMLError("an alias (*name) stands within what it names")
+    return found
+
+
+def _holds_itself(value: Any, above: tuple[int, ...]) -> bool:
+    """Whether a value has itself among what it holds; above: the ids of what it lies in."""
+    if not isinstance(value, dict | list):
+        return False
+    if id(value) in above:
+        return True
+    entries = value.values() if isinstance(value, dict) else value
+    return any(_holds_itself(each, (*above, id(value))) for each in entries)
 
 
 def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:
@@ -160,8 +175,14 @@ def read(path: Path) -> dict:
         raise ConfigError(
             f"{path} does not exist; configurations that ship with MoleForge are in config/"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not {language}: it is nested too deep") from None
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not {language}: {error}") from None
     if raw is None:

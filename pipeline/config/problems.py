@@ -54,9 +54,17 @@ def _by_setting(
     has a problem with each of them."""
     found: dict[Location, list[ErrorDetails]] = {}
     for problem in problems:
+        if problem["type"] == "too_short" and _is_above(problem["loc"], problems):
+            # Pydantic counts the entries that are right
+            continue
         loc = _stated(problem, raw)
         found.setdefault(loc, []).append(problem)
     return list(found.items())
+
+
+def _is_above(loc: Location, problems: Sequence[ErrorDetails]) -> bool:
+    """Whether an entry of what stands at a location has a problem of its own."""
+    return any(len(each["loc"]) > len(loc) and each["loc"][: len(loc)] == loc for each in problems)
 
 
 def _stated(problem: ErrorDetails, raw: Any) -> Location:

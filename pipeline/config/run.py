@@ -193,6 +193,10 @@ class RunConfig(Section):
         """Return the dotted name of a training's settings, for messages."""
         return self.stages[stage].setting_name(item)
 
+    def rate_setting(self, stage: str, item: str | None) -> str:
+        """Return the dotted name of the setting that is a training's learning rate."""
+        return f"{self.section(stage, item)}.lr"
+
     def machine(self, stage: str) -> TrainerConfig | WorkerConfig:
         """Return the container of a stage on Modal."""
         return getattr(self.modal, self.stages[stage].machine or stage)

@@ -158,6 +158,10 @@ def clean(text: str, encoding: str) -> str:
     anything."""
     kept = []
     for character in text:
+        if character in "\n\t":
+            # Of a sentence that goes on, and no letter that could not be shown
+            kept.append(" ")
+            continue
         # control, invisible formatting (also what turns the writing direction), lone surrogates
         unsafe = unicodedata.category(character) in ("Cc", "Cf", "Cs")
         kept.append("?" if unsafe else character)

@@ -140,6 +140,7 @@ def _io(job: JobContext, recorder: HistoryWriter, peak: Peak, watch: ThreadWatch
         address=job.address,
         peak=peak,
         watch=watch,
+        rate=job.cfg.rate_setting(job.stage, job.item),
     )
 
 

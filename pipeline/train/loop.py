@@ -123,7 +123,13 @@ class TrainIO:
     address: str = ""  # of what is trained; empty: unknown, and nobody compares
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
     watch: ThreadWatch | None = None  # none: the threads stay as they are
+    rate: str = ""  # for messages: the setting that is its learning rate; empty: that of `settings`
     resumable: bool = True  # False: so short that it is made again, and no checkpoint is written
+
+    @property
+    def rate_setting(self) -> str:
+        """The setting that is its learning rate, for messages."""
+        return self.rate or f"{self.settings}.lr"
 
 
 def lr_at(step: int, steps: int, opts: FitConfig) -> float:
@@ -401,7 +407,7 @@ def _check_moved(task: Task, optimizer: AdamW, run: TrainState, io: TrainIO) -> 
     if still:
         raise PipelineError(
             f"{io.name}: {len(still)} of {len(task.parameters)} tensors did not change in "
-            f"{run.step} steps, first {still[0]}; raise {io.settings}.lr, or report this if the "
+            f"{run.step} steps, first {still[0]}; raise {io.rate_setting}, or report this if the "
             "rate is sensible"
         )
 
@@ -412,7 +418,7 @@ def _not_finite(io: TrainIO, run: TrainState, what: str) -> str:
         last = f"the last good checkpoint is step {run.saved_step} in {io.slots}"
     return (
         f"{io.name}: {what}; {last}. "
-        f"Try a lower {io.settings}.lr, a longer {io.settings}.warmup_steps, a smaller "
+        f"Try a lower {io.rate_setting}, a longer {io.settings}.warmup_steps, a smaller "
         f"{io.settings}.clip_norm, or dtype: fp32"
     )
 

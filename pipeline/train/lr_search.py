@@ -132,7 +132,7 @@ def search(
     if math.isinf(tried[best].loss):
         raise PipelineError(
             f"{io.name}: the loss is not finite at any rate from {rate_of(min(tried)):g} to "
-            f"{rate_of(max(tried)):g}; set {io.settings}.lr to a lower one, or dtype: fp32"
+            f"{rate_of(max(tried)):g}; set {io.rate_setting} to a lower one, or dtype: fp32"
         )
     ordered = tuple(tried[rung] for rung in sorted(tried))
     trained_s = metrics["training_s"]

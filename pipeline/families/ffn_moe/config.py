@@ -106,6 +106,12 @@ class FfnMoeConfig(FfnMoeSectionsConfig):
         kinds = [self.own_item("lr_dense", name) for name in continued]
         return tuple(kind for kind in ("all", "ffn") if kind in kinds)
 
+    def rate_setting(self, stage: str, item: str | None) -> str:
+        """Return the setting that is a training's rate: continued baselines may have their own."""
+        if stage == "train_dense" and item not in FROM_ZERO and self.dense.lr is not None:
+            return "dense.lr"
+        return super().rate_setting(stage, item)
+
     def own_item(self, need: str, item: str | None) -> str | None:
         """Return which job of a stage is an item's own, where others are not read."""
         if need == "lr_dense" and item in FROM_ZERO:

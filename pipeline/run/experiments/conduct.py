@@ -3,6 +3,7 @@ was asked."""
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def conduct(
     looks = looks or NoLooks()
     # All of them are checked before the first one starts
     trials, notes = looked_at(listed_trials(experiments), store, progress, frozen, looks)
-    for note in notes:
+    same = alike(trials)
+    for note in (*notes, *same):
         tell(note)
     agree(trials)
     remaining = Remaining(store, parallel)
@@ -95,7 +97,7 @@ def conduct(
         machine=machine,
         packages=packages,
         work=work_of(trials, store),
-        notes=tuple(_notes(summaries)),
+        notes=(*_notes(summaries), *same),
     )
     return results, trials
 
@@ -107,6 +109,18 @@ def _listed(sweep: TrialSweep, trials: Sequence[Trial], dense: str) -> list[Tria
         runs = [outcome(trial, sweep) for trial in seeds]
         found.append(summary(seeds[0], runs, name == dense))
     return found
+
+
+def alike(trials: Sequence[Trial]) -> list[str]:
+    """Return in sentences which trials are one model: what they change is nothing to it."""
+    names: dict[str, dict[str, None]] = defaultdict(dict)
+    for trial in trials:
+        names[trial.jobs[trial.model]][trial.name] = None
+    several = dict.fromkeys(", ".join(each) for each in names.values() if len(each) > 1)
+    return [
+        f"One model, as what differs between them has no part in it: trials {each}."
+        for each in several
+    ]
 
 
 def _searched(each: Searched, origin: str) -> TrialSummary:

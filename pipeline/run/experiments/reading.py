@@ -4,6 +4,7 @@ Invariant: a relative path starts at the folder of the file that states it, whic
 that one.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...config.base import merge
-from ...config.experiments import KINDS, ExperimentsConfig
+from ...config.base import NAME, merge
+from ...config.experiments import DIGEST, KINDS, LONGEST_NAME, ExperimentsConfig
 from ...config.files import assigned, overlay, read, resolve, resolve_paths
 from ...config.paths import located
 from ...config.problems import explain
@@ -28,6 +29,10 @@ class Experiments:
     name: str
     file: Path
     settings: ExperimentsConfig
+
+
+# Of the file: the names of its trials' runs begin with it, and say in their last letters which
+LONGEST_FILE = LONGEST_NAME - DIGEST - 2
 
 
 def read_experiments(path: Path, overrides: tuple[str, ...] = ()) -> Experiments:
@@ -54,6 +59,12 @@ def read_experiments(path: Path, overrides: tuple[str, ...] = ()) -> Experiments
             error.errors(), raw, path, ExperimentsConfig, overrides, describes="experiments"
         )
         raise ConfigError(text) from None
+    if not re.fullmatch(NAME, path.stem) or len(path.stem) > LONGEST_FILE:
+        raise ConfigError(
+            f"{path}: experiments are called by their file, so rename it: letters, digits, dots, "
+            f"dashes and underscores, {LONGEST_FILE} at most before its ending, the first a letter "
+            "or digit"
+        )
     return Experiments(path.stem, path, settings)
 
 
@@ -69,7 +80,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     extended = own.pop("extends", None)
     own = _located(own, path.parent)
     if extended is None:
-        return own
+        return _laid_on({}, own)
     if not isinstance(extended, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {extended!r}")
     below = Path(located(extended, "path", path.parent))
@@ -77,6 +88,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _laid_on(under: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    for kind in KINDS:
+        known = under.get(kind)
+        entries = own.get(kind)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if entry is None and not (isinstance(known, dict) and name in known):
+                raise ConfigError(
+                    f"{kind}.{name} is null, which takes away what an extended file has, and none "
+                    f"has it: write {name}: {{}} for one that changes nothing"
+                )
     base = own.get("base")
     if not isinstance(base, _Whole):
         return merge(under, own)
@@ -136,5 +156,22 @@ def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
         # From the innermost name outwards: each mapping holds the one before it
         for name in reversed(names):
             value = {name: value}
-        found = merge(found, value)
+        found = _joined(found, value, "")
+    return found
+
+
+def _joined(under: dict[str, Any], own: Mapping[str, Any], above: str) -> dict[str, Any]:
+    """Return two mappings as one; by other names one setting may stand in both. Raises
+    ConfigError."""
+    found = dict(under)
+    for name, value in own.items():
+        if name not in found:
+            found[name] = value
+        elif isinstance(found[name], dict) and isinstance(value, dict):
+            found[name] = _joined(found[name], value, f"{above}{name}.")
+        elif isinstance(found[name], list) and isinstance(value, dict):
+            # What it says of the entries that it names
+            found = merge(found, {name: value})
+        else:
+            raise ConfigError(f"{above}{name} is given twice, by other names; keep one of them")
     return found

@@ -65,12 +65,11 @@ def _begun(
 ) -> Trial | Searched:
     """Return a trial, or what failed of it: a value may not go together with another."""
     seed = (search.seeds or experiments.settings.seeds)[0]
-    changes = {**search.change, **values}
     try:
-        return made_trial(experiments, name, search, changes, seed)
+        return made_trial(experiments, name, search, values, seed)
     except ConfigError as error:
         run = TrialRun(seed=seed, state="failed", error=str(error))
-        return Searched(name, search.makes, changes, None, run)
+        return Searched(name, search.makes, {**search.change, **values}, None, run)
 
 
 def _make(sweep: TrialSweep, trials: Sequence[Trial], study: Study, file: str) -> None:

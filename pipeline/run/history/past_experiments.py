@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...config.experiments import run_name
 from ...report.format import DASH
 
 
@@ -72,7 +73,7 @@ class PastExperiments:
         """Return with which seed a run is one of its trials, where that can be told."""
         found = set()
         for trial in self.trials:
-            if run == f"{self.name}.{trial.name}":
+            if run == run_name(self.name, trial.name):
                 found |= {each.seed for each in trial.seeds if each.address in addresses}
         return found.pop() if len(found) == 1 else None
 
