@@ -41,7 +41,7 @@ from .run.stages import RUN, address, without_jobs
 from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
 from .store.lineage import Lineage
-from .store.reading import read_bytes
+from .store.reading import check_folder, read_bytes
 from .store.room import NO_ROOM
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
         has_report = latest is not None and report_of_run(store, latest) is not None
         args.next = next_step.after_runs(args, latest, has_report)
         return
+    check_folder(store.root)
     paths = args.config or runs(Path("config"))
     progress = printed_progress(Console(stderr=True))
 

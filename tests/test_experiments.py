@@ -16,6 +16,7 @@ from test_trunk import whole
 from yaml_text import yaml_text
 
 from pipeline import report
+from pipeline.__main__ import main
 from pipeline.config.experiments import CriteriaConfig, GridConfig, SearchConfig
 from pipeline.data.text.tokenizer import train
 from pipeline.errors import ConfigError, PipelineError
@@ -488,6 +489,13 @@ WRONG = {
 def test_mistakes_are_named_before_anything_starts(sections, text, tmp_path):
     with pytest.raises(ConfigError, match=text):
         listed_trials(read_experiments(written(tmp_path, **sections)))
+
+
+def test_where_results_are_to_go_is_looked_at_first(tmp_path, capsys):
+    path = written(tmp_path)
+    words = ["--config", str(path), "--to", f"{path}/results", "--store", str(tmp_path / "store")]
+    assert main(["experiments", *words]) == 2
+    assert f"error: --to: {path}/results cannot be written" in capsys.readouterr().err
 
 
 def test_names_of_trials_are_names_and_differ(tmp_path):

@@ -221,6 +221,28 @@ def test_what_is_removed_is_in_no_table_any_more_nor_in_the_file(made, history, 
     assert store.history(trunk).exists()
 
 
+@pytest.mark.parametrize("action", ["report", "csv", "jsonl", "tensorboard"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, history, action):
+    (tmp_path / "file").touch()
+    words = ["report"] if action == "report" else ["export", "--format", action]
+    to = tmp_path / "file" / "rows"
+    kind = "folder" if action == "tensorboard" else "file"
+    told = history(*words, "--to", to, code=2)
+    assert f"error: --to: {to} cannot be written" in told and f"name a {kind} that" in told
+    told = history(*words, "--to", tmp_path, code=2)
+    assert f"error: --to: {tmp_path} is a folder" in told or f"there is a {tmp_path}" in told
+    assert [each.name for each in tmp_path.parent.glob("*.part")] == []
+
+
+@pytest.mark.parametrize("words", [["prune"], ["rm", "mine"], ["runs"], ["metrics"]], ids=" ".join)
+def test_a_file_is_no_store(tmp_path, words, capsys):
+    (tmp_path / "file").touch()
+    for store in ("file", "file/store"):
+        assert main([*words, "--store", str(tmp_path / store)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and str(tmp_path / store) in told
+
+
 def test_a_store_without_any_run_says_so(tmp_path, history):
     empty = small.new_store(tmp_path / "empty")
     assert "no run has left anything here yet" in history("list", store=empty)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config.run import JobKey, RunConfig
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError
 from ..families import PackWish, family
 from ..families.kit_files import README
 from ..families.load import given, load
@@ -16,7 +16,7 @@ from ..protocols import Progress
 from ..store.artifacts import Store
 from ..store.expert_package import Noise
 from ..store.model_sources import on_this_machine
-from ..store.room import writing
+from ..store.room import writing, writing_to
 from .backend import Local, run_stage
 from .context import StoredParts
 from .identity import begin
@@ -199,18 +199,12 @@ def _made_whole(to: Path) -> Iterator[Path]:
     """Have a folder to write in that is at its target when it is whole. Raises DiskFull,
     StoreError."""
     beside = to.absolute().parent
-    try:
-        with writing(beside):
-            beside.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".kit-", dir=beside) as made:
-                folder = Path(made) / "kit"
-                folder.mkdir()
-                yield folder
-                if to.exists():
-                    to.rmdir()
-                folder.rename(to)
-    except OSError as error:
-        raise StoreError(
-            f"--to: {to} cannot be written ({error.strerror}: {error.filename}); name a folder "
-            "that this user may write to"
-        ) from None
+    with writing_to(to, "folder"), writing(beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".kit-", dir=beside) as made:
+            folder = Path(made) / "kit"
+            folder.mkdir()
+            yield folder
+            if to.exists():
+                to.rmdir()
+            folder.rename(to)

@@ -74,6 +74,20 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
         raise full from None
 
 
+@contextlib.contextmanager
+def writing_to(place: Path, kind: str) -> Iterator[None]:
+    """Name the place that was typed after --to where the system does not let it be written; `kind`
+    is what it would have to be. Raises DiskFull, StoreError."""
+    try:
+        with writing(place):
+            yield
+    except OSError as error:
+        raise StoreError(
+            f"--to: {place} cannot be written ({error.strerror}: {error.filename}); name a {kind} "
+            "that this user may write to"
+        ) from None
+
+
 def _named(error: BaseException, path: Path) -> Path:
     """Return the file that an error of the system names as being written, else path."""
     # of a link, a copy and a rename the second is the new one

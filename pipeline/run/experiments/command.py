@@ -8,6 +8,7 @@ from ... import report
 from ...report.narrow import output
 from ...report.schema.experiments import RESULTS, TABLES
 from ...store.artifacts import Store
+from ...store.room import writing_to
 from .. import next_step
 from ..advice import CommandLine, sentence
 from ..backend import Local, printed_progress
@@ -22,6 +23,10 @@ def run_experiments(args: argparse.Namespace) -> None:
     errors = Console(stderr=True, soft_wrap=True)
     progress = printed_progress(errors)
     store = Store(args.store).open()
+    if args.to:
+        # Before hours are spent on what could not be written then
+        with writing_to(args.to, "folder"):
+            args.to.mkdir(parents=True, exist_ok=True)
 
     def tell(text: str) -> None:
         errors.print(text, highlight=False, markup=False)

@@ -152,7 +152,7 @@ def _check_search(experiments: Experiments, name: str, listed: Collection[str]) 
 
 
 def made_trial(
-    experiments: Experiments, name: str, trial: TrialConfig, over: dict[str, Any], seed: int
+    experiments: Experiments, name: str, trial: TrialConfig, over: Mapping[str, Any], seed: int
 ) -> Trial:
     """Return the run of a trial with a seed, `over` laid on what the trial changes. Raises
     ConfigError that names the trial."""

@@ -12,7 +12,7 @@ from ...store.address import job_of
 from ...store.artifacts import Store
 from ...store.history import numbers, read
 from ...store.history_fold import JOINT
-from ...store.room import PART, writing
+from ...store.room import PART, writing_to
 from .lines import Known, PastTraining
 
 FORMATS = {
@@ -32,7 +32,7 @@ def export(
     format_: str,
 ) -> int:
     """Write the rows of trainings; return how many. Raises ConfigError where something is at `to`
-    already, UnreadableFile, DiskFull, OSError."""
+    already, UnreadableFile, DiskFull, StoreError."""
     if to.exists():
         raise ConfigError(f"--to: there is a {to} already: name what is not there yet")
     if not trainings:
@@ -42,8 +42,10 @@ def export(
         from .tensorboard import write_events
 
         rows = 0
-        for training in trainings:
-            rows += write_events(read(store.history(training.address)).rows, to / training.address)
+        with writing_to(to, "folder"):
+            for training in trainings:
+                told = read(store.history(training.address)).rows
+                rows += write_events(told, to / training.address)
         return rows
     of = _runs_of(known)
 
@@ -53,7 +55,7 @@ def export(
 
     part = to.with_name(f"{to.name}{PART}")
     write = _csv if format_ == "csv" else _jsonl
-    with writing(to):
+    with writing_to(to, "file"):
         to.parent.mkdir(parents=True, exist_ok=True)
         rows = write(trainings, places, index, store, part)
         part.rename(to)

@@ -21,6 +21,7 @@ from ...store.artifacts import Store, write_text
 from ...store.history import read
 from ...store.history_fold import REPORT
 from ...store.reading import read_bytes
+from ...store.room import writing_to
 from ...store.roots import read_root, root_path
 from ..stages import STAGES
 from .experiments import tables as trial_tables
@@ -40,20 +41,23 @@ def report(
     say: Say,
 ) -> None:
     """Write the page of runs over what is at `to`, and the losses of each stage beside it. Raises
-    ConfigError where there is nothing to draw, UnreadableFile, DiskFull, OSError."""
+    ConfigError where there is nothing to draw, UnreadableFile, DiskFull, StoreError."""
     drawings = _drawings(runs, store)
     if not drawings:
         raise ConfigError("none of these runs has a history, so there is nothing to draw")
+    if to.is_dir():
+        raise ConfigError(f"--to: {to} is a folder: name the page's file, as {to / 'history.html'}")
     page = _page(runs, drawings, known, index, store)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_text(to, history_page(page))
-    say(f"{len(runs):,} runs, {len(drawings):,} trainings: {to}")
-    if with_pictures:
-        # with matplotlib, which takes a second
-        from ...report.history_page.pictures import draw_losses
+    with writing_to(to, "file"):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_text(to, history_page(page))
+        say(f"{len(runs):,} runs, {len(drawings):,} trainings: {to}")
+        if with_pictures:
+            # with matplotlib, which takes a second
+            from ...report.history_page.pictures import draw_losses
 
-        for path in draw_losses(page, to):
-            say(f"picture: {path}")
+            for path in draw_losses(page, to):
+                say(f"picture: {path}")
 
 
 def _page(
