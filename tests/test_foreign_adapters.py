@@ -201,6 +201,7 @@ VARIANTS = {
     "all that is linear": ({"target_modules": "all-linear"}, (4, 8)),
     "one name": ({"target_modules": ["layers.0.self_attn.o_proj"]}, (4, 8)),
     "of another start": ({"init_lora_weights": "gaussian"}, (4, 8)),
+    "biases, of which its base has none": ({"bias": "all"}, (4, 8)),
 }
 
 
@@ -365,6 +366,11 @@ def _whole_weights(tensors):
     tensors["base_model.model.lm_head.weight"] = torch.zeros(4, 4)
 
 
+def _biases(tensors):
+    module = first_of(tensors).partition(".lora_")[0]
+    tensors[f"{module}.base_layer.bias"] = torch.ones(16)
+
+
 def _magnitudes(tensors):
     module = first_of(tensors).partition(".lora_")[0]
     tensors[f"{module}.lora_magnitude_vector"] = torch.ones(16)
@@ -507,7 +513,7 @@ REFUSED = {
     "another task": (_set(task_type="SEQ_CLS"), "is of the task 'SEQ_CLS'"),
     "DoRA": (_set(use_dora=True), "columns have lengths of their own (DoRA)"),
     "modules beside it": (_set(modules_to_save=["lm_head"]), "whole modules of the base"),
-    "biases": (_set(bias="all"), "biases of the base"),
+    "biases": (_edit(_biases), "biases of the base"),
     "biases of its own": (_set(lora_bias=True), "its products have biases"),
     "rows of the embedding": (_set(trainable_token_indices=[1]), "rows of the embedding"),
     "layers twice": (_set(layer_replication=[[0, 1], [0, 1]]), "its base has layers twice"),

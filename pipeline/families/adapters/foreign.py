@@ -291,6 +291,8 @@ def _what(key: str) -> str:
     """Return what a tensor is that stands for no product of two matrices."""
     if "lora_magnitude_vector" in key:
         return "lengths of columns (DoRA), which no adapter here has"
+    if key.endswith(".bias") and "lora_" not in key:
+        return "biases of the base, which were trained beside it; train it with bias: none"
     if "lora_embedding" in key or _UNDER in key:
         return _OF_ENDS
     if ".lora_A." in key or ".lora_B." in key:

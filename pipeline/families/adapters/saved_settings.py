@@ -39,6 +39,7 @@ _OF_TRAINING = {
     "revision",
     "peft_version",
     "auto_mapping",
+    "bias",  # those that were trained are tensors beside it, which are refused; most bases have none
     "fan_in_fan_out",
     "megatron_core",
     "qalora_group_size",
@@ -51,7 +52,6 @@ _OF_TRAINING = {
 _REFUSED = {
     "use_dora": "columns have lengths of their own (DoRA)",
     "modules_to_save": "whole modules of the base were trained beside it",
-    "bias": "biases of the base were trained beside it",
     "lora_bias": "its products have biases",
     "trainable_token_indices": "rows of the embedding were trained beside it",
     "target_parameters": "it changes parameters that are no linear layer's",
