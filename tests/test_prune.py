@@ -229,7 +229,7 @@ def test_what_was_noted_of_documents_goes_with_the_last_run_that_reads_them(
 ):
     path, store = tiny_config(tmp_path / "tiny"), Store(tmp_path / "store")
     # Nothing that this process has read for another test
-    monkeypatch.setattr(records, "_own_folder", lambda: tmp_path / "own")
+    monkeypatch.setattr(records, "_own", [])
     config = ("--config", path, "--store", store.root)
     typed(capfd, 0, "tokenizer", *config)
     folder = store.root / "sources/text"

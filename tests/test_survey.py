@@ -2,8 +2,10 @@
 decides on those that several have."""
 
 import json
+import multiprocessing
 import random
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -158,6 +160,31 @@ def test_small_files_are_kept_together_and_a_list_that_is_damaged_costs_time_alo
     assert look() == first and len(read) == 80
     (folder / "07.txt").write_text("a document of its own, number seven\n")
     assert moved(first, look()) == {"sea", "tokenizer"} and len(read) == 81
+
+
+def test_what_a_job_keeps_for_itself_goes_with_it(three, tmp_path, monkeypatch):
+    """It is forked, and ends without what is done at exit: each left a folder of the system's."""
+    monkeypatch.setattr(records, "_own", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    end, other_end = multiprocessing.Pipe()
+
+    def look():
+        prints(three[2])
+        end.send([path.name for path in (tmp_path / "tmp").iterdir()])
+
+    job = multiprocessing.get_context("fork").Process(target=look)
+    job.start()
+    job.join()
+    (kept,) = other_end.recv()
+    assert kept.startswith("moleforge-")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_no_folder_is_made_that_is_not_needed(three, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_own", [])
+    prints(three[2], tmp_path / "kept")
+    assert not records._own
 
 
 def test_a_survey_has_what_is_read_and_so_many_bytes(three, tmp_path):

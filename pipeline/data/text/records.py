@@ -9,12 +9,14 @@ D documents.
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +97,7 @@ class Records:
     none."""
 
     def __init__(self, folder: Path | None):
-        # The second where the first cannot be written, as a store may be read alone
-        self.folders = [*([folder] if folder else []), _own_folder()]
+        self._folder = folder
         self._kept = _small_of(folder / _SMALL) if folder else {}
         self._used: dict[str, _Small] = {}
         self._has_new = False
@@ -110,7 +111,7 @@ class Records:
             self._used[key] = _known[key] = small
             rows = np.frombuffer(small.rows, ROW)
             return FileDocuments(place, label, small.labels, rows, Counter(dict(small.others)))
-        for folder in self.folders:
+        for folder in filter(None, (self._folder, *_own)):
             found = self._read(folder, key, place, label)
             if found is not None:
                 return found
@@ -140,14 +141,12 @@ class Records:
         that of the first, by which whoever removes records knows whose it is. Raises DataError, and
         DiskFull or OSError where they can be kept nowhere."""
         self.has_read = True
-        for number, folder in enumerate(self.folders, 1):
-            try:
-                self._write(folder, key, reading(), of)
-            except (DiskFull, OSError):
-                if number == len(self.folders):
-                    raise
-            else:
+        if self._folder:
+            # A store may be read alone
+            with suppress(DiskFull, OSError):
+                self._write(self._folder, key, reading(), of)
                 return
+        self._write(_own_folder(), key, reading(), of)
 
     def _write(self, folder: Path, key: str, found: "Reading", of: str) -> None:
         blocks = found.blocks()
@@ -183,14 +182,14 @@ class Records:
 
     def save(self) -> None:
         """Keep what was found of small files for the next process, if that can be written."""
-        if not self._has_new:
+        if not (self._has_new and self._folder):
             return
         kept = self._kept if len(self._kept) < _MOST_KEPT else {}
         lines = [small.line(key) for key, small in (kept | self._used).items()]
         text = "\n".join(lines)
         with suppress(OSError, DiskFull):
-            self.folders[0].mkdir(parents=True, exist_ok=True)
-            write_text(self.folders[0] / _SMALL, f"{_sum_of(text)}\n{text}")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._folder / _SMALL, f"{_sum_of(text)}\n{text}")
             self._has_new = False
 
 
@@ -212,14 +211,17 @@ def _sum_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_OWN: list[tempfile.TemporaryDirectory] = []
+_own: list[Path] = []
 
 
 def _own_folder() -> Path:
     """Return a folder that goes with this process."""
-    if not _OWN:
-        _OWN.append(tempfile.TemporaryDirectory(prefix="moleforge-"))
-    return Path(_OWN[0].name)
+    if not _own:
+        made = Path(tempfile.mkdtemp(prefix="moleforge-"))
+        # in a forked process too, where what is registered with atexit is not done
+        util.Finalize(None, shutil.rmtree, (made, True), exitpriority=0)
+        _own.append(made)
+    return _own[0]
 
 
 class Reading:

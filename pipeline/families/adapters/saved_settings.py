@@ -39,7 +39,7 @@ _OF_TRAINING = {
     "revision",
     "peft_version",
     "auto_mapping",
-    "bias",  # those that were trained are tensors beside it, which are refused; most bases have none
+    "bias",  # what was trained is tensors beside it, which are refused; most bases have none
     "fan_in_fan_out",
     "megatron_core",
     "qalora_group_size",
