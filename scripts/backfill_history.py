@@ -5,6 +5,7 @@ Run again it writes nothing anew but what has grown since; what it leaves out it
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ docs/metrics.md has the names that columns come to have."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Import what was named; return 0, or 2 where nothing of it could be read."""
+    """Import what was named; return 0, 1 where nobody reads what is told, or 2 where
+    nothing of it could be read."""
     args = parser().parse_args(arguments)
     try:
         store = Store(args.store).open()
@@ -42,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Nobody reads any more, as behind `| head`, nor would what is left be read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _import(args: argparse.Namespace, store: Store) -> int:

@@ -27,6 +27,7 @@ from pipeline.store.roots import readable_roots
 
 TRAINER_STATE = "trainer_state.json"
 EVENTS = "events.out.tfevents."
+DELIMITERS = (",", ";", "\t", "|")
 # What others call what a row has here, as they write it in lower case; the first that a row has
 # counts. Their epochs are passes with a fraction, ours whole numbers of those that have ended.
 NAMES = {
@@ -346,13 +347,25 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any] | None]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        tabs = path.suffix == ".tsv"
-        for row in csv.DictReader(file, delimiter="\t" if tabs else ","):
+        header = file.readline()
+        file.seek(0)
+        for row in csv.DictReader(file, delimiter=_delimiter(header, path.suffix)):
             # More cells than columns, or fewer: a line that was torn
             if None in row or None in row.values():
                 yield None
             else:
                 yield {key: _cell(value) for key, value in row.items()}
+
+
+def _delimiter(header: str, ending: str) -> str:
+    """Return what parts the columns of a header into most; what the file's ending says, of those
+    that part it alike."""
+    likely = "\t" if ending == ".tsv" else ","
+
+    def columns(delimiter: str) -> int:
+        return len(next(csv.reader([header], delimiter=delimiter), ()))
+
+    return max((likely, *DELIMITERS), key=columns)
 
 
 def _cell(text: str) -> int | float | None:
@@ -406,7 +419,9 @@ def _named(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     taken |= {theirs: here for theirs, here in names.items() if theirs in row}
     named = {}
     for key, value in row.items():
-        named[taken.get(str(key), str(key))] = value
+        here = taken.get(str(key), str(key))
+        # In a history that would be where an attempt begins, which takes back the rows after it
+        named["start_" if here == "start" else here] = value
     return named
 
 

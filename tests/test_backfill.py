@@ -7,13 +7,17 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import pipeline
+from pipeline.__main__ import main as commands
 from pipeline.run.leftovers import leftovers
 from pipeline.run.reach import Reach
 from pipeline.store import history
@@ -22,6 +26,7 @@ from pipeline.store.imported import Origin, imported, keep, origin_of
 from pipeline.store.roots import Root, leave
 from scripts.backfill_history import main
 
+ROOT = Path(__file__).parents[1]
 LOSSES = [3.5, 3.25, 3.0, 2.75]
 ROW = re.compile(b"train.loss", re.DOTALL)  # in a file of wandb's, whatever stands between
 
@@ -226,6 +231,51 @@ def test_tables_are_read_whatever_their_cells(tmp_path, capsys, store_path):
     shutil.copy(tmp_path / "log.csv", tmp_path / "log.txt")
     told = run(capsys, tmp_path / "log.txt", tmp_path / "gone", "--store", store_path, code=2)
     assert "ends in none of" in told and "gone: is not there" in told
+
+
+def test_columns_parted_otherwise_and_called_as_rows_of_a_history_are_read(
+    tmp_path, capsys, store_path
+):
+    for name, parted in (("a.csv", ";"), ("b.csv", "\t"), ("c.tsv", ",")):
+        path = tmp_path / name
+        lines = [["\ufeffstep", "start", "loss"], ["5", "2", "3.5"], ["9", "0", "2.5"]]
+        path.write_text("\n".join(parted.join(line) for line in lines), "utf-8")
+        run(capsys, path, "--store", store_path)
+        found = pipeline.metrics_of(path.stem, store=store_path)
+        assert [(each.step, each.nats) for each in found.logged] == [(5, 3.5), (9, 2.5)]
+
+
+def test_a_name_of_letters_that_take_four_bytes_is_a_files(tmp_path, capsys, store_path):
+    path = tmp_path / f"{chr(0x1D49C) * 60}.jsonl"
+    path.write_text('{"step": 1, "loss": 3.5}')
+    run(capsys, path, "--store", store_path)
+    (address,) = (each.stem for each in (store_path / "history").glob("*.jsonl"))
+    assert address.startswith(f"imported-{chr(0x1D49C) * 45}-")
+
+
+def test_who_reads_no_further_gets_no_traceback(tmp_path, store_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 3.5}')
+    script = ROOT / "scripts/backfill_history.py"
+    words = [sys.executable, str(script), str(path), "--store", str(store_path)]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=written, stderr=subprocess.PIPE, check=False)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_imported_histories_are_ranked_and_stand_in_one_row(tmp_path, capsys, store_path):
+    for number in range(7):
+        path = tmp_path / f"run{number}.jsonl"
+        path.write_text(json.dumps({"step": 1, "loss": 3.5, "eval_loss": 9 - number}))
+        run(capsys, path, "--store", store_path)
+    names = sorted(each.stem for each in (store_path / "history").glob("*.jsonl"))
+    assert commands(["history", "compare", "--store", str(store_path)]) == 0
+    ranked = re.findall(r"imported-run\d-\w+", capsys.readouterr().out)
+    assert ranked[:7] == names[::-1]
+    assert commands(["history", "compare", *names[:2], "--store", str(store_path)]) == 0
+    assert re.search(r"imported: best valid, nats\W+9.00\W+8.00", capsys.readouterr().out)
 
 
 def trained(store, address, steps, finished=True):

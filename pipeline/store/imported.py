@@ -18,6 +18,7 @@ from .history import VALIDATION, Row
 from .reading import as_kind, reading
 
 STAGE = "imported"
+MOST_BYTES = 180  # of a name in an address, which locks and parts have endings after
 Kept = Literal["imported", "there already", "there already, with more rows,"]
 # Of a validation's row, beside its step, tokens and time
 _OF_VALIDATION = re.compile(r"valid_\w+|train_(total|ce|aux)|epoch|experts")
@@ -40,7 +41,9 @@ class Origin:
         """Where its history is: the same for the same training, however often it is imported."""
         digest = hashlib.sha256(f"{self.kind}\n{self.id}".encode()).hexdigest()[:12]
         # a name may hold anything, and this is a file's
-        slug = re.sub(r"[^\w.]+", "-", self.name).strip("-.")[:60] or self.kind
+        slug = re.sub(r"[^\w.]+", "-", self.name).strip("-.")[:60]
+        # Systems count its bytes, and a letter may have four
+        slug = slug.encode()[:MOST_BYTES].decode(errors="ignore") or self.kind
         return f"{STAGE}-{slug}-{digest}"
 
 

@@ -10,6 +10,7 @@ from ...report.experiments import flat
 from ...report.format import DASH, count, figures, seconds
 from ...report.scores import BITS, LESS_IS_BETTER
 from ...store.artifacts import Store
+from ...store.imported import STAGE, is_imported
 from ...store.roots import read_root, root_path
 from ..prune import said
 from .lines import PastRun, PastTraining
@@ -49,13 +50,19 @@ def _telling(runs: Sequence[PastRun]) -> str:
     places = {}
     for run in runs:
         for training in run.trainings:
-            addresses.setdefault(training.name, []).append(training.address)
-            places[training.name] = training.place[0]
+            addresses.setdefault(_job(training), []).append(training.address)
+            places[_job(training)] = training.place[0]
 
     def tells(name: str) -> tuple[bool, int, int]:
         return len(set(addresses[name])) > 1, len(addresses[name]), places[name]
 
     return max(addresses, key=tells, default="")
+
+
+def _job(training: PastTraining) -> str:
+    """Return what trainings of other runs that compare with one are called too: of imported ones
+    the names are of runs."""
+    return STAGE if is_imported(training.address) else training.name
 
 
 def _rank(runs: Sequence[PastRun], job: str, console: Console) -> list[PastRun]:
@@ -64,8 +71,8 @@ def _rank(runs: Sequence[PastRun], job: str, console: Console) -> list[PastRun]:
     placed = []
     known: set[str] = set()
     for run in runs:
-        known.update(each.name for each in run.trainings)
-        training = next((each for each in run.trainings if each.name == job), None)
+        known.update(_job(each) for each in run.trainings)
+        training = next((each for each in run.trainings if _job(each) == job), None)
         nats = training.valid_nats if training else None
         # those that were not validated come last
         placed.append((nats is None, nats or 0.0, run.id, run, training))
@@ -116,7 +123,7 @@ def _clipped(override: str) -> str:
 def _beside(runs: Sequence[PastRun], store: Store, console: Console) -> None:
     columns = ("", *(run.id for run in runs))
     rows: list[tuple[str, ...]] = []
-    trainings = [{each.name: each for each in run.trainings} for run in runs]
+    trainings = [{_job(each): each for each in run.trainings} for run in runs]
     for name in _in_order(trainings):
         for what, told in _OF_TRAINING:
             cells = [told(of[name]) if name in of else DASH for of in trainings]
