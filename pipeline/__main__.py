@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .config.run import RunConfig
 from .config.serving import ServeConfig
@@ -30,7 +30,7 @@ from .credentials import masked
 from .errors import ConfigError, Interrupted, PipelineError
 from .families import ExportWish
 from .families.load import describes_run, load
-from .report.narrow import output, print_table
+from .report.narrow import output, plain_console, print_table
 from .run import kits, next_step, speak_flags
 from .run.advice import CommandLine, sentence
 from .run.arguments import parser
@@ -81,7 +81,7 @@ def _give_up() -> None:
 
 def _done(args: argparse.Namespace, typed: list[str]) -> int:
     """Do a command and tell how it ended; return the exit code."""
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True, soft_wrap=True)
     # A command that has changed its configuration says itself what goes on from there
     args.again = None
     # What to type next, which each command knows for itself
@@ -94,11 +94,11 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
     except PipelineError as error:
         again = args.again or f"python -m pipeline {masked(shlex.join(typed))}"
         text = sentence(error, CommandLine(), again=again)
-        errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+        errors.print(_error(text), highlight=False)
         _tell_how_to_go_on(args, errors)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
-        errors.print(escape(str(stopped) or "stopped"), highlight=False)
+        errors.print(str(stopped) or "stopped", highlight=False)
         _tell_how_to_go_on(args, errors)
         return interrupts.STOPPED
     except OSError as error:
@@ -107,9 +107,13 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
             raise
         # What is left of it would be tried again as the process ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        errors.print(f"[bold red]error:[/] standard output: {error.strerror}", highlight=False)
+        errors.print(_error(f"standard output: {error.strerror}"), highlight=False)
         return 2
     return 0
+
+
+def _error(text: str) -> Text:
+    return Text.assemble(("error:", "bold red"), f" {text}")
 
 
 def _tell_how_to_go_on(args: argparse.Namespace, console: Console) -> None:
@@ -138,7 +142,12 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.backend import printed_progress
         from .run.history.command import history
 
-        history(args, Store(args.store), output(), printed_progress(Console(stderr=True)))
+        history(
+            args,
+            Store(args.store),
+            output(),
+            printed_progress(plain_console(stderr=True)),
+        )
         return
     if args.command == "watch":
         from .run.history.watching import watch
@@ -172,7 +181,10 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "kit":
         from .run.backend import printed_progress
 
-        output().print(kits.kit(args, printed_progress(Console(stderr=True))), highlight=False)
+        output().print(
+            kits.kit(args, printed_progress(plain_console(stderr=True))),
+            highlight=False,
+        )
         args.next = next_step.after_kit(args)
         return
     cfg = load(args.config, _overrides(args))
@@ -227,7 +239,7 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
         return
     check_folder(store.root)
     paths = args.config or runs(Path("config"))
-    progress = printed_progress(Console(stderr=True))
+    progress = printed_progress(plain_console(stderr=True))
 
     def read(path: Path) -> RunConfig:
         # looked at with the sums that the store has
@@ -249,7 +261,7 @@ def _looked_at(
     from .run.backend import printed_progress
     from .run.identity import begin, changed
 
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True, soft_wrap=True)
     progress = printed_progress(errors)
     cfg, notes = begin(cfg, store, progress, frozen=args.frozen, makes=makes)
     if args.command != "plan":
@@ -265,7 +277,7 @@ def _export(args: argparse.Namespace, wish: ExportWish, cfg: RunConfig, store: S
     from .run.export import export
     from .run.reach import working
 
-    progress = printed_progress(Console(stderr=True))
+    progress = printed_progress(plain_console(stderr=True))
     with working(store, cfg, args.config, tuple(args.override)):
         export(cfg, store, wish, args.to, progress)
 
@@ -350,7 +362,7 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True, soft_wrap=True)
     # Only this command needs the server's packages
     from .serve import logs
     from .serve.command import serve

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config.base import NONE
 from pipeline.config.files import overlay, override, read, resolve_paths, resolve_routing_paths
@@ -35,7 +36,7 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import PATHS, load
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
-from pipeline.report.narrow import output
+from pipeline.report.narrow import output, plain_console
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.arguments import add_store
 from pipeline.run.stages import address
@@ -131,15 +132,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     console = output()
     # Not wrapped: a message is searched for, and paths in it are copied.
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True, soft_wrap=True)
     done = "nothing was written"
     try:
         generate(args, errors)
         done = f"{args.output} is written"
         show(RoutingRows(args.output.parent, args.output.name), args, console)
     except PipelineError as error:
-        message = escape(sentence(error, CommandLine()))
-        errors.print(f"[bold red]error:[/] {message}", highlight=False)
+        message = sentence(error, CommandLine())
+        errors.print(Text.assemble(("error:", "bold red"), f" {message}"))
         return 2
     except KeyboardInterrupt:
         errors.print(f"stopped; {done}", markup=False, highlight=False)
@@ -316,8 +317,8 @@ def _preview(rows: RoutingRows, count: int) -> Table:
             prompt += " (neutral)"
         names = [Path(image).name for image in row.images]
         cells = (row.id, row.split, prompt, " ".join(names))
-        # Escaped: a prompt may have brackets, which are markup to rich.
-        table.add_row(*map(escape, cells))
+        # A prompt may have brackets, which are markup to rich in plain strings
+        table.add_row(*map(Text, cells))
     return table
 
 

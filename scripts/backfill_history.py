@@ -5,6 +5,7 @@ Run again it writes nothing anew but what has grown since; what it leaves out it
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -114,4 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Files may be called by bytes that are no text, or by letters that a terminal has not
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

@@ -265,6 +265,16 @@ def test_who_reads_no_further_gets_no_traceback(tmp_path, store_path):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_file_whose_name_is_no_text_is_read(tmp_path, store_path):
+    path = tmp_path / os.fsdecode(b"\xff.csv")
+    path.write_text("step,loss\n1,3.5\n")
+    script = ROOT / "scripts/backfill_history.py"
+    words = [sys.executable, str(script), str(path), "--store", str(store_path)]
+    done = subprocess.run(words, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"imported imported-csv-" in done.stdout and b"?.csv" in done.stdout
+
+
 def test_imported_histories_are_ranked_and_stand_in_one_row(tmp_path, capsys, store_path):
     for number in range(7):
         path = tmp_path / f"run{number}.jsonl"

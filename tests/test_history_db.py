@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.store import history_db as history_db_module
 from pipeline.store.history_db import FILE, MEMORY, SUM, _made, history_db
 from pipeline.store.history_schema import SCHEMA
+from pipeline.store.roots import Root, leave
 
 
 def tables(index):
@@ -298,3 +299,15 @@ def test_results_of_experiments_come_change_and_go(store):
     )
     path.unlink()
     assert folded(store) == anew(store) and not folded(store)["experiments"]
+
+
+def test_files_that_are_no_text_by_name_or_no_files_stop_nothing(store):
+    name = os.fsdecode(b"m\xff.yaml")
+    leave(store, Root("mine", "ffn_moe", "2026-01-01T00:00:00Z", name, (name,), (), {}))
+    (store.root / "history" / os.fsdecode(b"\xff.jsonl")).write_text('{"start": 0}\n')
+    (store.root / "history" / "folder.jsonl").mkdir()
+    with history_db(store) as index:
+        told = index.execute("SELECT file FROM runs WHERE name = 'mine'").fetchall()
+        kept = index.execute("SELECT path FROM files WHERE kind = 'history'").fetchall()
+    assert told == [("m?.yaml",)]
+    assert not any("folder" in path for (path,) in kept)

@@ -7,10 +7,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.__main__ import main
 from pipeline.report.narrow import print_table
 from pipeline.run import dry_run
 from pipeline.run.dry_run import show_plan
 from pipeline.store.artifacts import Store
+from pipeline.store.roots import Root, leave
 from tests import small
 
 WORD = re.compile(r"[a-z_]+-[0-9a-f]{12}|[0-9][0-9,]+[0-9]")
@@ -47,5 +49,18 @@ def test_every_cell_is_printed_whole_and_a_file_keeps_its_table(width):
         print_table(console, table)
         text = console.file.getvalue()
         for cell in [*cells[0], *cells[1]]:
-            assert all(word in text for word in cell.replace("[x]", "").split())
+            assert all(word in text for word in cell.split())
+        assert "plan of [it]" in " ".join(text.split())
         assert ("│" in text) == (not terminal or width >= 60)
+
+
+def test_errors_and_runs_show_brackets_and_colons_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", "a[red]/b:key:.yaml"]) == 2
+    assert "error: a[red]/b:key:.yaml does not exist" in capsys.readouterr().err
+    store = Store(tmp_path / "a[red]:key:").open()
+    typed = ("joint.models=[dense,moe]",)
+    leave(store, Root("mine", "ffn_moe", "2026-01-01T00:00:00Z", "mine.yaml", typed, (), {}))
+    assert main(["runs", "--store", str(store.root)]) == 0
+    told = capsys.readouterr().out
+    assert f"runs in {store.root}" in told and "--override joint.models=[dense,moe]" in told

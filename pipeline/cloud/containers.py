@@ -18,6 +18,7 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..errors import Interrupted, LeaseLost, PipelineError
 from ..families.load import parse
+from ..report.narrow import plain_console
 from ..run.advice import sentence
 from ..run.backend import printed_progress
 from ..run.job import run_job
@@ -151,7 +152,7 @@ def _work(stage: str, cfg: RunConfig, items: Items, store: Store) -> list[JobRes
     import torch
 
     torch.set_num_threads(cfg.runtime.most_threads(int(cfg.machine(stage).cpu)))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     try:
         store.open()
     except PipelineError as error:

@@ -16,6 +16,7 @@ from ..config.experiments import ExperimentsConfig, SearchConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, DataError, PipelineError
 from ..families.load import parse
+from ..report.narrow import plain_console
 from ..report.schema.experiments import ExperimentResults
 from ..run.advice import sentence
 from ..run.backend import printed_progress
@@ -134,7 +135,7 @@ def planned_sweep_there(
     """Plan a sweep in a container that has the volume at root and is paid for meanwhile; `raw` is
     the run that all its trials start from."""
     printed = io.StringIO()
-    console = Console(file=printed, width=WIDE)
+    console = plain_console(file=printed, width=WIDE)
     cfg = parse(raw)
     sweep, wrong = wish, ""
     costs = None
@@ -279,7 +280,7 @@ def conducted(
     store.refresh()
     store.open()
     experiments = sweep.experiments
-    progress = printed_progress(Console())
+    progress = printed_progress(plain_console())
 
     @contextmanager
     def known(store: Store, trials: Iterable[Trial], _file: str) -> Iterator[None]:

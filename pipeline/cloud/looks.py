@@ -8,10 +8,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from ..config.run import JobKey, RunConfig, source_key
 from ..errors import DataError
+from ..report.narrow import plain_console
 from ..run.backend import printed_progress
 from ..run.experiments.trials import Trial
 from ..run.identity import begin, changed, recipes, with_prints
@@ -87,7 +86,7 @@ def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:
     store.refresh()
     store.open()
     planned = cfg.identity or {}
-    progress = printed_progress(Console())
+    progress = printed_progress(plain_console())
     bare = cfg.model_copy(update={"identity": None})
     found, notes = begin(bare, store, progress, frozen=frozen, makes=True)
     store.publish()

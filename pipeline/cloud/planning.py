@@ -14,6 +14,7 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..errors import PipelineError
 from ..families.load import parse
+from ..report.narrow import plain_console
 from ..run.advice import sentence
 from .baselines import with_baselines
 from .client import look_at_models, mirror
@@ -111,7 +112,7 @@ def planned_there(
     """Plan in a container that has the volume at root and is paid for meanwhile."""
     wish = Wish(parse(raw), stages, sequential, frozen)
     printed = io.StringIO()
-    console = Console(file=printed, width=WIDE)
+    console = plain_console(file=printed, width=WIDE)
     wrong = ""
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import PipelineError, StoreError
+from ..report.narrow import plain_console
 from ..run.advice import sentence
 from ..run.prune import opened, prune
 from ..run.remove_run import remove_runs
@@ -54,7 +55,7 @@ def tend(
     refresh()
     store = Store(root, publish=publish, refresh=refresh)
     printed = io.StringIO()
-    console = Console(file=printed, width=WIDE)
+    console = plain_console(file=printed, width=WIDE)
     tended = Tended()
     try:
         if is_alive is not None:

@@ -1,5 +1,7 @@
 """Tables where a line has too little room for them, and output whose lines nothing cuts."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,16 +12,26 @@ _WIDE = 10_000  # columns: more than any table wants
 def output() -> Console:
     """Return a console over standard output whose lines are whole where that is no terminal: they
     are searched for addresses and paths, which rich would break after 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=_WIDE)
+
+
+def plain_console(**options: Any) -> Console:
+    """Return a console with rich's options that shows texts as they are: brackets are lists and
+    paths, no styles, and what stands between colons is no name of a picture."""
+    return Console(markup=False, emoji=False, **options)
 
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table, or where its rows do not fit on a line each, their cells one after another
     with what each column is called."""
-    wanted = table.__rich_measure__(console, console.options.update(max_width=_WIDE)).maximum
+    # What stands in brackets is a list, a path or a name, and no style
+    options = console.options.update(max_width=_WIDE, markup=False)
+    wanted = table.__rich_measure__(console, options).maximum
     if not console.is_terminal or wanted <= console.width:
-        console.print(table)
+        if isinstance(table.title, str):
+            table.title = Text(table.title, style="bold")
+        console.print(table, markup=False)
         return
     if table.title:
         console.print(Text(str(table.title), style="bold"), soft_wrap=True)

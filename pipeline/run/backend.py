@@ -29,6 +29,7 @@ from ..families import PRELOAD
 from ..families.load import parse
 from ..hardware import cores
 from ..protocols import Progress
+from ..report.narrow import plain_console
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
 from .identity import note_made
@@ -170,10 +171,10 @@ class JobLines:
 
     def console(self) -> Console:
         """Return where it tells it."""
-        console = Console(stderr=True, force_terminal=False if self.plain else None)
+        console = plain_console(stderr=True, force_terminal=False if self.plain else None)
         if self.of and not console.is_terminal:
             named = cast(IO[str], _Named(console.file, f"{self.of}: "))
-            return Console(file=named, force_terminal=False)
+            return plain_console(file=named, force_terminal=False)
         return console
 
 

@@ -30,7 +30,7 @@ from ..config.stated import FileChange, stated
 from ..errors import ConfigError, DamagedArtifact, DataError, JobsFailed, StoreError
 from ..families.load import PATHS, change_domains, checked, load
 from ..report.format import count
-from ..report.narrow import print_table
+from ..report.narrow import plain_console, print_table
 from ..store.artifacts import Manifest, Store
 from ..store.reading import read_bytes
 from ..store.removed import told_removed
@@ -345,7 +345,7 @@ def _is_refused(wish: DomainWish, error: JobsFailed) -> bool:
 
 def _looked_at(change: DomainChange, store: Store, frozen: bool) -> DomainChange:
     """Return a change with what its runs read outside the store looked at."""
-    progress = printed_progress(Console(stderr=True))
+    progress = printed_progress(plain_console(stderr=True))
     # As it was when it was made, whatever has become of its data since
     before, _ = begin(change.before, store, progress, frozen=True)
     after, notes = begin(change.after, store, progress, frozen=frozen, makes=True)
@@ -358,5 +358,5 @@ def _agreed(args: Namespace) -> bool:
     """Whether a person agrees, who is only asked where there is one."""
     if args.yes or not sys.stdin.isatty():
         return True
-    answer = Console(stderr=True).input("go on? [y/N] ", markup=False)
+    answer = plain_console(stderr=True).input("go on? [y/N] ", markup=False)
     return answer.strip().lower() in ("y", "yes")

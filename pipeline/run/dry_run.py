@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..config.run import RunConfig
 from ..config.stage import Stage
@@ -256,7 +256,7 @@ def show_plan(
         table.add_row(entry.address, entry.state, *_cells(entry, told.get(entry.address)))
     print_table(console, table)
     for note in notes:
-        console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("note:", "bold"), f" {note}"), soft_wrap=True)
     for why in dict.fromkeys(entry.why for entry in (*entries, *written) if entry.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
     seconds = [told[entry.address] for entry in entries if entry.address in told]

@@ -8,7 +8,9 @@ of another version; nobody has to keep it.
 import contextlib
 import hashlib
 import os
+import re
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ BESIDE = ("-journal", "-wal", "-shm")
 # Files that are folded before it is written down: what a kill may cost.
 BATCH = 500
 MEMORY = ":memory:"
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 class Source(NamedTuple):
@@ -236,9 +239,11 @@ def _below(folder: str) -> list[str]:
     """Return what is in a folder, nothing of one that is not there. Raises UnreadableFile."""
     try:
         with reading(Path(folder)):
-            return sorted(os.listdir(folder))  # noqa: PTH208
+            names = os.listdir(folder)  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return []
+    # bytes that are no text are in no name of ours
+    return sorted(name for name in names if not _HALVES.search(name))
 
 
 def _source(root: str, kind: str, subject: str, name: str) -> Iterator[Source]:
@@ -251,4 +256,6 @@ def _source(root: str, kind: str, subject: str, name: str) -> Iterator[Source]:
     except OSError:
         with reading(Path(path)):
             raise
-    yield Source(kind, subject, name, found.st_size, found.st_mtime_ns)
+    # a folder of such a name is somebody else's
+    if stat.S_ISREG(found.st_mode):
+        yield Source(kind, subject, name, found.st_size, found.st_mtime_ns)

@@ -83,7 +83,18 @@ def forget(index: sqlite3.Connection, kind: str, subject: str) -> None:
 def _insert(index: sqlite3.Connection, table: str, rows: Iterable[tuple]) -> None:
     marks = ", ".join("?" * _INSERTS[table])
     # a name of ours in the text, and every value beside it
-    index.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", rows)  # noqa: S608
+    text = f"INSERT OR REPLACE INTO {table} VALUES ({marks})"  # noqa: S608
+    kept = list(rows)
+    try:
+        index.executemany(text, kept)
+    except UnicodeEncodeError:
+        # A file may be called by bytes that are no text
+        index.executemany(text, [tuple(map(_sayable, row)) for row in kept])
+
+
+def _sayable(value: object) -> object:
+    """Return a value as SQLite takes it: of text, halves of characters as question marks."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _history(index: sqlite3.Connection, address: str, path: Path) -> str:

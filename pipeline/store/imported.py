@@ -39,7 +39,9 @@ class Origin:
     @property
     def address(self) -> str:
         """Where its history is: the same for the same training, however often it is imported."""
-        digest = hashlib.sha256(f"{self.kind}\n{self.id}".encode()).hexdigest()[:12]
+        digest = hashlib.sha256(
+            f"{self.kind}\n{self.id}".encode(errors="surrogatepass")
+        ).hexdigest()[:12]
         # a name may hold anything, and this is a file's
         slug = re.sub(r"[^\w.]+", "-", self.name).strip("-.")[:60]
         # Systems count its bytes, and a letter may have four

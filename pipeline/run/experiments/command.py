@@ -2,10 +2,8 @@
 
 import argparse
 
-from rich.console import Console
-
 from ... import report
-from ...report.narrow import output
+from ...report.narrow import output, plain_console
 from ...report.schema.experiments import RESULTS, TABLES
 from ...store.artifacts import Store
 from ...store.room import writing_to
@@ -20,7 +18,7 @@ def run_experiments(args: argparse.Namespace) -> None:
     """Do a sweep on this machine; print its tables, and where its results are. Raises ConfigError
     before anything starts, StoreError, Interrupted."""
     experiments = read_experiments(args.config, tuple(args.override))
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True, soft_wrap=True)
     progress = printed_progress(errors)
     store = Store(args.store).open()
     if args.to:

@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ... import interrupts
 from ...config.serving import Dtype
-from ...report.narrow import output
+from ...report.narrow import output, plain_console
 from .bundle import STACK, opened
 from .conversation import chat, typed
 from .drawing import drawing
@@ -48,7 +46,7 @@ def chat_with(
     experts: bool,
 ) -> None:
     """Talk until there is nothing more to say. Raises as `generate_from`."""
-    beside = Console(stderr=True, soft_wrap=True)
+    beside = plain_console(stderr=True, soft_wrap=True)
 
     def say(line: str) -> None:
         beside.print(line, style="dim", highlight=False, markup=False)
