@@ -110,6 +110,10 @@ def test_a_domain_may_be_called_anything_but_the_trunks_own_network(seed):
     names += ["".join(draw.choices(letters, k=draw.randrange(1, 64))) for _ in range(4)]
     raw = {"family": "ffn_moe", "partition": {"by": "labels", "domains": names}}
     assert parse(raw).experts == tuple(names)
+    # Where a bundle holds the trunk, that is who reads as base
+    for section in ({"trunk": {"anchor": "keep"}}, {"expert": {"form": "low_rank"}}):
+        with pytest.raises(ValidationError, match="base is what the bundle's trunk is asked for"):
+            parse(raw | section)
     names[draw.randrange(len(names))] = "anchor"
     for kept in ("keep", "discard"):
         raw = raw | {"trunk": {"anchor": kept}}

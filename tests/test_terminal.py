@@ -145,6 +145,14 @@ def test_several_readers_have_one_seed_and_are_asked_one_after_another(folder):
     assert [each.sampling.seed for each, _ in engine.asked[3:]] == [5, 5, None, None]
 
 
+def test_an_expert_called_stack_is_asked_for_as_the_api_names_it(folder):
+    engine = FakeEngine()
+    engine.readers = ("stack", "shop")
+    console = Console(file=io.StringIO())
+    generated(folder, console, engine=engine, readers=("stack", "expert:stack", "shop"))
+    assert [each.prompt.reader for each, _ in engine.asked] == [None, "stack", "shop"]
+
+
 def test_nothing_is_shown_before_all_readers_are_known(folder):
     console = Console(file=io.StringIO())
     with pytest.raises(NoSuchReader, match=r"there is no 'moon'; there are stack, sea, shop, base"):

@@ -56,6 +56,12 @@ def _unknown_domains(cfg: FfnMoeSectionsConfig) -> list[str]:
             f"partition.domains: {ANCHOR} is the trunk's own network among experts; name that "
             "domain otherwise"
         )
+    if BASE in cfg.experts and (cfg.expert.form == "low_rank" or cfg.trunk.anchor == "keep"):
+        # Of adapters that is told with their other names
+        out.append(
+            f"partition.domains: {BASE} is what the bundle's trunk is asked for by; name that "
+            f"domain otherwise, as partition.labels: {{{BASE}-text: [{BASE}]}}"
+        )
     beside = cfg.expert.imported.keys() - set(known)
     taught = len([name for name in cfg.experts if name not in beside])
     if taught > len(known):

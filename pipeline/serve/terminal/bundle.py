@@ -15,6 +15,7 @@ from ..from_bundle import open_service
 from ..generation import Generating, Generation, Prompt, Sampling
 from ..messages import Turn
 from ..prompts import Prompts
+from ..service import EXPERT
 
 STACK = "stack"  # the name of whom the router chooses, where readers are named
 TOKENS = 256  # of a text that ends nowhere, where no number is asked for
@@ -37,7 +38,7 @@ class OpenBundle:
     @property
     def readers(self) -> tuple[str, ...]:
         """Who can be asked for: the stack, and whom the engine lets read alone."""
-        return (STACK, *self.engine.readers)
+        return (STACK, *map(_asked_for, self.engine.readers))
 
     def seeded(self) -> "OpenBundle":
         """Return the same with a seed, where texts are drawn and none was typed: several texts have
@@ -96,7 +97,14 @@ def opened(folder: Path, asked: Mapping[str, Any], dtype: Dtype) -> Iterator[Ope
 
 def own_name(reader: str | None) -> str | None:
     """Return a reader as the engine has it: None for the stack."""
-    return None if reader == STACK else reader
+    if reader is None or reader == STACK:
+        return None
+    return reader.removeprefix(EXPERT)
+
+
+def _asked_for(reader: str) -> str:
+    """Return how a reader is named: an expert that is called stack as the API names it."""
+    return f"{EXPERT}{reader}" if reader == STACK else reader
 
 
 def _sound(text: str) -> str:
