@@ -248,6 +248,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     loop.product_flops_per_s = lambda _bf16: 1e9
     memory_meter._status = quick_status
-    folder = Path(sys.argv[2])
-    {"text": text, "pictures": pictures}[sys.argv[1]](folder)
-    (folder / "told.json").write_text(json.dumps(TOLD))
+    for kind in (text, pictures):
+        folder = Path(sys.argv[1]) / kind.__name__
+        folder.mkdir()
+        kind(folder)
+        (folder / "told.json").write_text(json.dumps(TOLD))
+        TOLD.clear()

@@ -33,15 +33,11 @@ def told(tmp_path_factory):
     source = HERE / "full_disk.c"
     build = [COMPILER, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
     subprocess.run(build, check=True)
-    found = {}
-    for kind in KINDS:
-        (root / kind).mkdir()
-        paths = f"{HERE.parent}{os.pathsep}{HERE}"
-        env = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": paths}
-        call = [sys.executable, HERE / "filling.py", kind, root / kind]
-        subprocess.run(call, env=env, check=True, cwd=root)
-        found[kind] = json.loads((root / kind / "told.json").read_text())
-    return found
+    paths = f"{HERE.parent}{os.pathsep}{HERE}"
+    env = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": paths}
+    call = [sys.executable, HERE / "filling.py", root]
+    subprocess.run(call, env=env, check=True, cwd=root)
+    return {kind: json.loads((root / kind / "told.json").read_text()) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
