@@ -3,6 +3,7 @@
 PipelineError                what a person can act on; the command line prints it and exits with 2
 ├── ConfigError              the configuration does not describe a run
 ├── DataError                documents, tokenizer or shards are not what was asked for
+│   └── TooLong              a request is longer than what a model reads
 ├── StoreError               the store cannot be read or written
 │   ├── MissingArtifact      an earlier stage has not been run
 │   ├── DamagedArtifact      a file is torn or its bytes have changed
@@ -66,6 +67,10 @@ class ConfigError(PipelineError):
 
 class DataError(PipelineError):
     """Documents, tokenizer or shards are not what was asked for."""
+
+
+class TooLong(DataError):
+    """A request is longer than what a model reads: a shorter one is a way out."""
 
 
 class StoreError(PipelineError):

@@ -273,7 +273,10 @@ def test_rows_of_one_adapter_stand_together_where_lengths_allow(mixed, monkeypat
     [
         (GenerationLimits(media=1), "the request has 2 images; at most 1 are taken"),
         (GenerationLimits(prompt_characters=3), "characters; at most 3 are taken"),
-        (GenerationLimits(tokens=16), r"tokens, [0-9]+ of them for 2 images; at most 16 are taken"),
+        (
+            GenerationLimits(tokens=16),
+            r"tokens, [0-9]+ of them for 2 images; the maximum input length",
+        ),
     ],
 )
 def test_a_request_over_the_limits_is_refused_and_the_next_is_answered(

@@ -205,7 +205,6 @@ BOMB = (
         (asking("data:image/png;base64,AAAA"), "messages: ", "messages"),
         (asking(BOMB), "messages: ", "messages"),
         (asking(*[encoded(PICTURE)] * 5), "5 images; at most 4 are taken", "messages"),
-        (asking(text="word " * 4000), "characters; at most", "messages"),
         (asking() | {"expert": "color"}, "expert: no such field", "expert"),
         (asking() | {"max_tokens": 0}, "must be at least 1", "max_tokens"),
         (asking() | {"best_of": 2}, "best_of: not supported yet", "best_of"),
@@ -227,6 +226,17 @@ BOMB = (
 def test_a_wrong_request_is_refused_and_the_next_is_answered(client, body, said, param):
     refused(client.post(CHAT, json=body), 400, said, param)
     assert client.post(CHAT, json=asking(encoded(PICTURE)) | {"max_tokens": 1}).status_code == 200
+
+
+def test_a_request_over_the_longest_is_told_by_its_code(client):
+    """By which clients that trim a chat know that it has to be shorter; LiteLLM goes by words."""
+    long = [
+        (CHAT, asking(text="word " * 4000), "messages", "20,000 characters; at most 2,048"),
+        ("/v1/completions", {"prompt": [1] * 5000}, "prompt", "5,000 tokens"),
+    ]
+    for path, body, param, said in long:
+        error = refused(client.post(path, json=body), 400, said, param, "context_length_exceeded")
+        assert "the maximum input length is 256 tokens" in error["message"]
 
 
 def test_what_is_no_json_or_too_long_or_elsewhere(client, application):

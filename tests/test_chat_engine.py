@@ -348,5 +348,5 @@ def test_what_is_too_long_is_refused_before_it_is_looked_through(model, monkeypa
     long = Turn("user", "<image1>" * 2000, ("data:,",))
     with pytest.raises(DataError, match=r"16,000 characters; at most 8,000 are taken"):
         prompts.chat([long], None, goes_on=False, seconds=1)
-    with pytest.raises(DataError, match=r"5,000 tokens, at most 4,096 are taken"):
+    with pytest.raises(DataError, match=r"5,000 tokens, the maximum input length is 4,096"):
         prompts.ids([1] * 5000, None)

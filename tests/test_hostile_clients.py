@@ -1,6 +1,7 @@
 """Whatever comes over a socket: other sites' pages, slow and greedy clients, requests within
 requests. A real server, and behind it a service without a model."""
 
+import gzip
 import json
 import random
 import re
@@ -138,6 +139,16 @@ def test_what_a_page_may_send_unasked_is_not_taken(client, kind):
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
     told = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert client.post("/v1/echo", content=b"{}", headers=told).status_code == 200
+
+
+def test_a_packed_body_is_told_to_be_one(client):
+    sent = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = client.post("/v1/echo", content=gzip.compress(b"{}"), headers=sent)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (415, "unsupported_encoding")
+    assert "'gzip'; send it without Content-Encoding" in error["message"]
+    plain = sent | {"Content-Encoding": "Identity"}
+    assert client.post("/v1/echo", content=b"{}", headers=plain).status_code == 200
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(client, monkeypatch):

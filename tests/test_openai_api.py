@@ -88,7 +88,7 @@ NEUTRAL = {
     | {
         "messages": MESSAGES,
         "audio": None,
-        "function_call": "none",
+        "function_call": "auto",
         "functions": [],
         "logprobs": False,
         "max_completion_tokens": 4,
@@ -159,6 +159,17 @@ def test_what_asks_for_nothing_is_taken_whichever_field_it_is(http, path):
 def test_what_is_not_done_is_refused_by_the_field_s_name(http, path, field):
     body = NEUTRAL[path] | {field: REFUSED[path][field]}
     refused(http.post(f"/v1/{path}", json=body), 400, f"{field}: not supported", field)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "listed"), [("tool_choice", "tools"), ("function_call", "functions")]
+)
+def test_tools_that_are_not_to_be_called_ask_for_nothing(http, chosen, listed):
+    """As the Vercel AI SDK, LangChain and pydantic-ai send them for the answer after the calls."""
+    there = {"messages": MESSAGES, listed: REFUSED["chat/completions"][listed]}
+    assert http.post(CHAT, json=there | {chosen: "none"}).status_code == 200
+    for other in ("auto", None):
+        refused(http.post(CHAT, json=there | {chosen: other}), 400, f"{listed}: not", listed)
 
 
 WRONG = [
@@ -443,7 +454,7 @@ def test_a_chat_over_the_context_is_told_with_both_numbers(http):
     refused(
         http.post(CHAT, json=body),
         400,
-        r"\d+ tokens, but this model's context is 256",
+        r"\d+ tokens, but this model's maximum context length is 256",
         "messages",
         "context_length_exceeded",
     )

@@ -418,7 +418,10 @@ def test_a_text_over_the_context_is_refused_with_both_numbers(client, engine):
     text = "tide " * 40
     count = len(engine.encode(text))
     answer = client.post("/v1/completions", json={"prompt": text, "max_tokens": 3})
-    said = f"prompt: {count} tokens and 3 are to be drawn, but this model's context is 32 tokens"
+    said = (
+        f"prompt: {count} tokens and 3 are to be drawn, but this model's maximum context length is "
+        "32 tokens"
+    )
     refused(answer, 400, said, "prompt", "context_length_exceeded")
     answer = client.post("/v1/route", json={"text": text})
     refused(answer, 400, f"text: {count} tokens, but", "text", "context_length_exceeded")

@@ -113,6 +113,11 @@ def _check(scope: Scope, limit_bytes: int) -> None:
             raise too_large(limit_bytes)
     if scope["method"] not in _WITH_BODY:
         return
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        # else it would be told to be no JSON, of which its sender is sure
+        text = f"the request is encoded as {encoding[:60]!r}; send it without Content-Encoding"
+        raise ApiError(415, text, None, "unsupported_encoding")
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON:
         # a page of any site may send text/plain and forms without asking first

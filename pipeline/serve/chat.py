@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from .answering import answered
 from .answers import ChatChoice, ChatCompletion, ChatDelta, ChatEvent, ChatLogprobs, ChatPart
@@ -27,6 +27,8 @@ NoTool = Annotated[Any, only(None, "none", "auto")]
 NoThought = Annotated[Any, only(None, "none", "medium")]
 Medium = Annotated[Any, only(None, "medium")]
 AnyTier = Annotated[Any, only(None, "auto", "default")]
+# The field that says which is called, and the one that lists what there is.
+CHOSEN_FROM = {"tool_choice": "tools", "function_call": "functions"}
 
 
 class ChatBody(SamplingBody):
@@ -75,6 +77,15 @@ class ChatBody(SamplingBody):
     tools: OnlyNone = None
     verbosity: Medium = None
     web_search_options: OnlyNone = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_nothing(cls, given: Any) -> Any:
+        # Which tools there are asks for nothing where none is to be called.
+        if not isinstance(given, dict):
+            return given
+        unused = {listed for chosen, listed in CHOSEN_FROM.items() if given.get(chosen) == "none"}
+        return {key: value for key, value in given.items() if key not in unused}
 
     @field_validator("top_logprobs")
     @classmethod

@@ -15,7 +15,7 @@ import torch
 
 from ..config.serving import Dtype
 from ..data.text import tokenizer
-from ..errors import ConfigError, DamagedArtifact, DataError
+from ..errors import ConfigError, DamagedArtifact, DataError, TooLong
 from ..families import PRELOAD, family
 from ..hardware import device, has_bf16
 from ..model.language_model import filled
@@ -163,7 +163,7 @@ class Engine(ABC):
         if sampling is not None:
             wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if count + wanted > self.context_tokens:
-            raise DataError(
+            raise TooLong(
                 f"{count} tokens and {wanted} to be drawn are over the context of "
                 f"{self.context_tokens} tokens"
             )

@@ -13,7 +13,7 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from ..errors import DataError
+from ..errors import DataError, TooLong
 from ..protocols import Abandoned
 from .generation import (
     BASE_READER,
@@ -34,6 +34,8 @@ from .waiting_line import has_room, most_of_one
 # Of the forty threads in which requests are prepared, that one client has at once: pictures wait in
 # theirs for memory, and others' texts would wait behind them
 MOST_THREADS = 8
+# By which clients know that a shorter request would be taken
+TOO_LONG = "context_length_exceeded"
 EXPERT = "expert:"  # before an expert's name, where a request names who reads
 
 T = TypeVar("T")
@@ -182,10 +184,11 @@ class Service:
         advice = " or lower max_tokens" if wanted else ""
         return ApiError(
             400,
-            f"{param}: {len(prompt.ids)} tokens{drawn}, but this model's context is "
+            # "This model's maximum context length is" are OpenAI's words, which clients look for
+            f"{param}: {len(prompt.ids)} tokens{drawn}, but this model's maximum context length is "
             f"{self.context_tokens} tokens; shorten {param}{advice}",
             param,
-            "context_length_exceeded",
+            TOO_LONG,
         )
 
 
@@ -209,7 +212,11 @@ def refusal(error: Exception, param: str | None) -> ApiError:
         return ApiError(503, str(error), None, reason, **{"Retry-After": "1"})
     if isinstance(error, NoSuchReader):
         return ApiError(404, f"model: {error}", "model", "model_not_found")
-    code = "no_chat_template" if isinstance(error, NoChat) else None
+    code = None
+    if isinstance(error, NoChat):
+        code = "no_chat_template"
+    elif isinstance(error, TooLong):
+        code = TOO_LONG
     return ApiError(400, f"{param}: {error}", param, code)
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as _leaked
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ...errors import DataError
+from ...errors import DataError, TooLong
 from ...protocols import check_wanted, held, is_unwanted
 from .chat import Chat, ChatTurn
 from .media import MediaFeatures, Medium
@@ -134,20 +134,21 @@ class MultiAdapterModel:
         return [self.chat.media.tokens(medium) for medium in media]
 
     def check_parts(self, characters: int, media: int) -> None:
-        """Raise DataError for more characters or media than are worth a look."""
+        """Raise TooLong for more characters, DataError for more media than are worth a look."""
         limits = self.limits
         if media > limits.media:
             kind = f"{self.chat.media.name}s"
             raise DataError(f"the request has {media} {kind}; at most {limits.media} are taken")
         # before it is encoded, which takes long for a long one
         if characters > limits.prompt_characters:
-            raise DataError(
+            raise TooLong(
                 f"the prompt has {characters:,} characters; at most "
-                f"{limits.prompt_characters:,} are taken"
+                f"{limits.prompt_characters:,} are taken, and the maximum input length is "
+                f"{limits.tokens:,} tokens"
             )
 
     def check_tokens(self, of_prompt: int, media_tokens: Sequence[int]) -> None:
-        """Raise DataError for more tokens than a request may have."""
+        """Raise TooLong for more tokens than a request may have."""
         limits = self.limits
         of_media = sum(media_tokens)
         tokens = of_prompt + of_media
@@ -157,9 +158,10 @@ class MultiAdapterModel:
         kind = f"{self.chat.media.name}s"
         share = f"{of_media:,} of them for {count} {kind}; " if count else ""
         smaller = f"smaller or fewer {kind}, or " if count else ""
-        raise DataError(
-            f"the request has {tokens:,} tokens, {share}at most {limits.tokens:,} are taken. "
-            f"Send {smaller}a shorter prompt"
+        # "maximum input length" are the words that LiteLLM looks for
+        raise TooLong(
+            f"the request has {tokens:,} tokens, {share}the maximum input length is "
+            f"{limits.tokens:,} tokens. Send {smaller}a shorter prompt"
         )
 
     def encode_media(self, media: Sequence[Medium], adapter: str = BASE) -> list[MediaFeatures]:
