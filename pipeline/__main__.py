@@ -37,7 +37,7 @@ from .run.arguments import parser
 from .run.domain_words import ABOUT
 from .run.find import bundle_of
 from .run.serve_flags import KEY
-from .run.stages import RUN, address, without_jobs
+from .run.stages import RUN, Addresses, address, without_jobs
 from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
 from .store.lineage import Lineage
@@ -266,7 +266,7 @@ def _looked_at(
     cfg, notes = begin(cfg, store, progress, frozen=args.frozen, makes=makes)
     if args.command != "plan":
         # Whose table says so, job by job
-        notes += changed(cfg, store)
+        notes += changed(cfg, store, Addresses(cfg).of)
     for note in notes:
         errors.print(note, highlight=False, markup=False)
     return cfg

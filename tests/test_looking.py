@@ -22,7 +22,7 @@ from pipeline.families.load import load, parse
 from pipeline.protocols import Looked, Seen, quiet
 from pipeline.run import former, identity, job, stages
 from pipeline.run.changes import changes
-from pipeline.run.identity import begin
+from pipeline.run.identity import begin, changed
 from pipeline.run.job import run_job
 from pipeline.store import looking, sources
 from pipeline.store.artifacts import Store
@@ -65,6 +65,20 @@ def test_plan_says_which_file_it_was_and_frozen_goes_on(made, change, capsys):
     code, said = planned(path, store, capsys, "--frozen")
     assert code == 0 and address in said and "since it was read last" not in said
     assert "frozen: what preprocess hall, preprocess sea, preprocess shop, tokenizer read" in said
+
+
+def test_files_of_another_run_of_the_same_settings_are_no_change_of_this_ones(made, tmp_path):
+    path, store = made
+    other = text_run(tmp_path / "other")
+    added(other.parent / "sea/1.jsonl")
+    cfg, _ = begin(load(other), store, makes=True)
+    make_text(cfg, store)
+    for file in (path, other):
+        cfg, _ = begin(load(file), store)
+        assert changed(cfg, store, stages.Addresses(cfg).of) == []
+    edited(path.parent / "sea/1.jsonl")
+    cfg, _ = begin(load(path), store)
+    assert "since it was read last" in "".join(changed(cfg, store, stages.Addresses(cfg).of))
 
 
 def test_a_plan_leaves_no_trace_of_what_it_saw(made, capsys):

@@ -14,7 +14,7 @@ from ..report.narrow import plain_console
 from ..run.backend import printed_progress
 from ..run.experiments.trials import Trial
 from ..run.identity import begin, changed, recipes, with_prints
-from ..run.stages import label
+from ..run.stages import Addresses, label
 from ..store.artifacts import Store
 from ..store.looking import FOLDER
 from ..store.reading import parse_object
@@ -90,7 +90,7 @@ def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:
     bare = cfg.model_copy(update={"identity": None})
     found, notes = begin(bare, store, progress, frozen=frozen, makes=True)
     store.publish()
-    for note in (*notes, *changed(found, store)):
+    for note in (*notes, *changed(found, store, Addresses(found).of)):
         print(note)
     now = found.identity or {}
     other = [job for job, was in planned.items() if now.get(job) != was]

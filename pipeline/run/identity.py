@@ -7,7 +7,7 @@ look. Which jobs read what is the family's affair (`look` of its configuration).
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 
 from ..config.run import JobKey, RunConfig, source_key
@@ -172,12 +172,14 @@ def check_unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) 
             raise DataError(f"{told} since it was looked at, before this began; {again}")
 
 
-def changed(cfg: RunConfig, store: Store) -> list[str]:
-    """Return what has changed of what a run reads since its results were made, in sentences."""
+def changed(cfg: RunConfig, store: Store, address: Callable[[str, str | None], str]) -> list[str]:
+    """Return what has changed of what a run reads since its results were made, in sentences;
+    `address` says where a job's result is."""
     told = []
     for job in _jobs(cfg):
         clause = since_made(cfg, store, *job)
-        if clause:
+        # What is there was made of what is read: another run's files were read last
+        if clause and not store.has(address(*job)):
             told.append(f"{clause}; {FROZEN}")
     return list(dict.fromkeys(told))
 

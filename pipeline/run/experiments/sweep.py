@@ -190,7 +190,7 @@ def looked_at(
         # What all of them read is looked at once: the store has its sums
         cfg, notes = begin(trial.cfg, store, progress, frozen=frozen, makes=True)
         found.append(replace(trial, cfg=cfg))
-        told |= dict.fromkeys((*notes, *changed(cfg, store)))
+        told |= dict.fromkeys((*notes, *changed(cfg, store, found[-1].addresses.of)))
     # All at once: what they share must not be of two looks
     looks.keep(found)
     return found, list(told)
