@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zlib
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_a_name_in_another_case_is_told_and_a_folder_is_listed_once(tmp_path, mo
     with pytest.raises(BadImage, match="other/a.png does not exist$"):
         open_checked("other/a.png", tmp_path)
     assert listed.count(tmp_path) == 1
+
+
+def test_accents_written_otherwise_are_told_and_a_name_is_not_its_own_other_spelling(tmp_path):
+    """As a Mac writes them; of a link that leads nowhere it was said that its name is in capitals
+    elsewhere."""
+    Image.fromarray(grain(4, 4)).save(tmp_path / normalize("NFD", "caf\u00e9.png"))
+    with pytest.raises(BadImage, match="does not exist; a name that looks the same does"):
+        open_checked("caf\u00e9.png", tmp_path)
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, fault in (("gone.png", "does not exist"), ("folder.png", "is not a file")):
+        with pytest.raises(BadImage, match=f"{name} {fault}$"):
+            open_checked(name, tmp_path)
 
 
 def test_a_picture_that_is_there_is_not_encoded_again(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ import zstandard
 from small_tasks import entry, jsonl, picture, prepared, write_rows
 
 from pipeline.data.drop_stats import DropStats
+from pipeline.data.sources import task_seen
 from pipeline.errors import DataError
+from pipeline.store.looking import FileSums, Looking
 
 SCREEN = 2000  # characters
 COUNT = 18
@@ -282,6 +284,62 @@ def test_folders_of_classes_give_labels(tmp_path, depth):
         prepared(tmp_path, entry(given, prompt="Which?"), "unnamed")
 
 
+def pets(base):
+    """Write a folder for each of two classes; return the settings of their task."""
+    for k, name in enumerate(("cat", "dog")):
+        (base / name).mkdir(parents=True)
+        for i in range(10):
+            picture((9, k, i)).save(base / name / f"{i}.png")
+    return entry({"source": "folder", "path": str(base)}, prompt="Which?", answer="{label}")
+
+
+def test_what_programs_leave_among_classes_is_no_class_and_no_annotation(tmp_path):
+    base = tmp_path / "pets"
+    task = pets(base)
+    for name in (".ipynb_checkpoints", "__MACOSX/cat"):
+        (base / name).mkdir(parents=True)
+        picture(3).save(base / name / "0.png")
+    (base / "cat/._0.png").write_bytes(b"not a picture")
+    (base / "README.txt").write_text("Whose pets these are.")
+    _, found, report = prepared(tmp_path, task)
+    assert answers(found) == {"cat", "dog"} and len(found) == 20 and report["dropped"] == {}
+
+
+def test_texts_in_a_folder_of_their_own_are_not_taken_for_a_readme(tmp_path):
+    """As YOLO has them: of labels beside images no class is made."""
+    base = tmp_path / "set"
+    task = pets(base)
+    (base / "labels").mkdir()
+    (base / "labels/3.txt").write_text("0 .5 .5 .2 .2")
+    with pytest.raises(DataError, match="nothing beside it is named 0.json"):
+        prepared(tmp_path, task)
+
+
+def test_classes_that_are_links_are_read_and_seen(tmp_path):
+    """None of them was, so that a set of some lacked those without a word."""
+    base = tmp_path / "pets"
+    task = pets(base)
+    (base / "cat").rename(base / "dog/more")
+    (base / "cat").symlink_to("dog/more")
+    (base / "dog/round").symlink_to("..")
+    _, found, _ = prepared(tmp_path, task)
+    assert [row.answer for row in found.values()].count("cat") == 10
+    eye = Looking(FileSums())
+    names = {each.name for each in task_seen.seen("look", task.dataset, eye)}
+    assert {"cat/0.png", "dog/more/0.png"} <= names and len(names) == 30
+
+
+def test_files_among_classes_that_are_not_read_are_told(tmp_path):
+    base = tmp_path / "pets"
+    task = pets(base)
+    (base / "dog/scan.PDF").write_bytes(b"%PDF-1.7")
+    # What a picture was made from is none of its own.
+    (base / "dog/0.psd").write_bytes(b"8BPS")
+    _, found, report = prepared(tmp_path, task)
+    assert len(found) == 20 and report["dropped"] == {"unread format": 1}
+    assert "dog/scan.PDF" in str(report["examples"])
+
+
 # ---------------------------------------------------------------- JSON in a column
 
 
@@ -338,6 +396,24 @@ def test_pictures_that_stand_in_rows_are_read(tmp_path, form):
     assert answers(found) == ALL and metrics["pictures"] == COUNT and report["dropped"] == {}
 
 
+def test_a_uri_of_a_file_is_its_path(tmp_path, data):
+    """As chats of Qwen-VL have it; outside the root it is refused as any path."""
+    folder = tmp_path / "data/my pictures"
+    folder.mkdir()
+    made = [row(i) for i in range(COUNT)]
+    for i, each in enumerate(made):
+        path = folder / f"{i} é.png"
+        picture((7, i)).save(path)
+        each["image"] = path.as_uri() if i % 2 else f"file://{path}"
+    task = entry(jsonl(write_rows(tmp_path / "data/rows.jsonl", made)))
+    _, found, report = prepared(tmp_path, task)
+    assert answers(found) == ALL and report["dropped"] == {}
+    made[0]["image"] = "file:///etc/hostname"
+    write_rows(tmp_path / "data/rows.jsonl", made)
+    with pytest.raises(DataError, match="1 path outside its root"):
+        prepared(tmp_path, task, "outside")
+
+
 BROKEN = {
     "cut": lambda i: spelled(i)[: len(spelled(i)) // 2],
     "no base64": lambda i: f"data:image/png;base64,{'%' * 4000}",
@@ -346,7 +422,7 @@ BROKEN = {
     "a long name": lambda i: "x" * 9000,
     "an address": lambda i: f"https://example.org/{i}.png",
     "of a bucket": lambda i: f"s3://bucket/{'deep/' * 500}{i}.png",
-    "of a file": lambda i: f"file:///etc/{i}.png",
+    "of a file": lambda i: f"file://elsewhere/{i}.png",
     "numbers": lambda i: [[i] * 900] * 9,
     "a number": lambda i: i + 1,
     "an object": lambda i: {"height": 3, "width": 4},

@@ -259,7 +259,7 @@ def test_sums_are_kept_of_files_of_any_name(tmp_path, monkeypatch, name):
     assert looking.FileSums(store).of(file) == found
 
 
-def test_links_are_followed_to_files_and_not_to_folders(tmp_path):
+def test_links_are_followed_to_files_and_folders_but_not_to_where_they_are_in(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -268,9 +268,11 @@ def test_links_are_followed_to_files_and_not_to_folders(tmp_path):
     (folder / "lost.png").symlink_to(tmp_path / "nothing")
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "all").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(folder)
+    (tmp_path / "elsewhere/here").symlink_to(".")
     eye = looking.Looking(looking.FileSums())
     found = {each.name: each.sum for each in eye.below("x", folder)}
-    assert found.keys() == {"link.png", "lost.png", "loop.png"}
+    assert found.keys() == {"link.png", "lost.png", "loop.png", "all/a.png"}
     assert found["link.png"] == eye.file("x", tmp_path / "elsewhere/a.png", "a").sum
     assert found["lost.png"] == looking.GONE and found["loop.png"] == looking.UNREADABLE
 

@@ -263,6 +263,19 @@ def test_a_source_that_is_not_there_names_its_setting(tmp_path, source, data, me
         prepared(tmp_path, entry({"source": "jsonl"} | data))
 
 
+def test_an_empty_answer_and_a_table_in_another_encoding_are_called_so(tmp_path, source):
+    """An answer that is empty is no column that is missing, a byte of Latin-1 no surrogate."""
+    rows = simple()
+    rows[3]["answer"] = ""
+    with pytest.raises(DataError, match=r"no field answer \(rows\.jsonl:4: its answer is empty; "):
+        prepared(tmp_path, entry(jsonl(source(rows))))
+    table = tmp_path / "data/rows.csv"
+    lines = [f"{row['image']},{row['prompt']},K\u00e4se" for row in rows]
+    table.write_text("\n".join(["image,prompt,answer", *lines]), "latin-1")
+    with pytest.raises(DataError, match="12 not UTF-8 .*byte 0xE4 after .*K'; save the file as"):
+        prepared(tmp_path, entry(jsonl(table)), "table")
+
+
 def test_a_folder_of_images_with_text_or_json_beside_them(tmp_path):
     base = tmp_path / "scans"
     for split, count in (("train", 30), ("validation", 4), ("test", 4)):

@@ -173,24 +173,46 @@ class Looking:
         self, setting: str, folder: Path, wanted: Callable[[str], bool] | None = None
     ) -> Iterator[Seen]:
         """Yield the files below a folder, those whose names are wanted, in an order that is the
-        same on every file system. Links to folders are not followed; a file in the folder's place
-        is itself."""
+        same on every file system. Links to folders are followed; a file in the folder's place is
+        itself."""
         if not folder.is_dir():
             yield self.file(setting, folder, folder.name)
             return
-        top = str(folder)
-        for place, folders, files in os.walk(top):
-            folders.sort()
-            inner = place[len(top) :].strip("/")
-            for name in sorted(filter(wanted, files)):
+        for inner, names in folders_below(folder):
+            for name in filter(wanted, names):
                 shown = f"{inner}/{name}" if inner else name
-                yield self.file(setting, f"{place}/{name}", shown)
+                yield self.file(setting, f"{folder}/{shown}", shown)
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """Return what `make` gives, made once in this look."""
         if key not in self._made:
             self._made[key] = make()
         return cast(T, self._made[key])
+
+
+def folders_below(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and every one below it, by its path from there on ("" for itself), with the
+    names of its files: in the same order on every file system, links to folders followed but for
+    those that lead to where they are in."""
+    start = str(top)
+    for place, folders, files in os.walk(start, followlinks=True):
+        for name in list(folders):
+            if Path(place, name).is_symlink() and _leads_back(f"{place}/{name}", start):
+                folders.remove(name)
+        # Sorted in place, so that os.walk goes on in this order
+        folders.sort()
+        yield place[len(start) :].strip("/"), sorted(files)
+
+
+def _leads_back(link: str, start: str) -> bool:
+    """Tell whether a link below a folder leads to one that it was reached through, or above it."""
+    there = os.path.realpath(link)
+    while len(link) > len(start):
+        link = link.rpartition("/")[0]
+        # Through links too: two folders may have links to each other
+        if os.path.commonpath((os.path.realpath(link), there)) == there:
+            return True
+    return False
 
 
 def _user_cache() -> Path:

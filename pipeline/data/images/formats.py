@@ -20,6 +20,11 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".avif", ".heic", ".heif"),
 )
+# Of files that show something and are not read: in a folder of pictures one of them is a row less.
+UNREAD_SUFFIXES = (
+    *(".svg", ".pdf", ".eps", ".psd", ".jp2", ".j2k", ".jxl", ".ico", ".tga", ".exr", ".hdr"),
+    *(".dds", ".qoi", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
 
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _PNG = b"\x89PNG\r\n\x1a\n"

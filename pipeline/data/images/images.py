@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
+from unicodedata import normalize
 from urllib.parse import unquote
 
 from PIL import Image, ImageStat, UnidentifiedImageError
@@ -263,17 +264,31 @@ def _meant(path: Path | str, root: Path | None) -> str:
             return f", {rest} does: write paths as they are from image_root on, with / in them"
     if "\\" in given:
         return "; folders are parted by / here, and paths start at image_root"
-    other = _spellings(root / "/".join(parts[:-1])).get(parts[-1].lower()) if parts else None
-    return f", {other} does: upper and lower case are different names" if other else ""
+    other = _spellings(root / "/".join(parts[:-1])).get(_folded(parts[-1])) if parts else None
+    # A link that leads nowhere, or a folder, has the name itself.
+    if other is None or other == parts[-1]:
+        return ""
+    if normalize("NFC", other) == normalize("NFC", parts[-1]):
+        return (
+            "; a name that looks the same does, whose accents are written otherwise, as a Mac "
+            "writes them: rename the file, or write its name into the row anew"
+        )
+    return f", {other} does: upper and lower case are different names"
+
+
+def _folded(name: str) -> str:
+    """Return what names have in common that differ in case, or in how their accents are written."""
+    return normalize("NFC", name).lower()
 
 
 @lru_cache(1)
 def _spellings(folder: Path) -> dict[str, str]:
-    """Return a folder's names by what they are in lower case; of a very large one, some."""
+    """Return a folder's names by what they have in common with others; of a very large one,
+    some."""
     # Remembered: where one picture is missing, many are, and a folder may have a million.
     try:
         with os.scandir(folder) as entries:
-            return {entry.name.lower(): entry.name for entry in islice(entries, _MOST_NAMES)}
+            return {_folded(entry.name): entry.name for entry in islice(entries, _MOST_NAMES)}
     except (FileNotFoundError, NotADirectoryError):
         return {}
 

@@ -1,10 +1,10 @@
-"""Pictures that stand in a row as text: data: URIs and bare base64; and addresses, which nothing
-here fetches."""
+"""Pictures that stand in a row as text: data: URIs and bare base64; paths that are written as
+file: URIs; and addresses, which nothing here fetches."""
 
 import base64
 import binascii
 import re
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from .formats import begins_as_picture
 
@@ -14,6 +14,8 @@ _HEAD_CHARACTERS = 64
 
 # In either alphabet, in lines or not.
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+# Of this machine: what names another is an address.
+_FILE = re.compile(r"file://(?:localhost)?(?=/)", re.I)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:(//|\\\\)")
 
 
@@ -36,6 +38,13 @@ def bytes_in(text: str) -> bytes | None:
 def is_address(text: str) -> bool:
     """Tell whether a text names a place on a network or of a scheme of its own."""
     return _ADDRESS.match(text) is not None
+
+
+def path_in(text: str) -> str:
+    """Return the path that a file: URI names (RFC 8089), as chats of Qwen-VL have it; any other
+    text as it is."""
+    found = _FILE.match(text)
+    return unquote(text[found.end() :]) if found else text
 
 
 def _of_data_uri(text: str) -> bytes:

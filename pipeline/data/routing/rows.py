@@ -17,6 +17,7 @@ from pathlib import Path
 from ...errors import DataError
 from ..drop_stats import Dropped, DropStats, shortened
 from ..images import images
+from ..images.inline import path_in
 from ..sources.columns import column_of_pictures, split_named, value_at
 from ..sources.file_kinds import is_odd
 from ..sources.packed import SUFFIXES as PACKED
@@ -143,7 +144,7 @@ class Feed:
                 f"images must be a list of paths, not {_shown(found)}; pictures that stand in rows "
                 "are read where the rows are those of an expert, in loras.json",
             )
-        paths = tuple(_inside(name, self.root) for name in names)
+        paths = tuple(_inside(path_in(name), self.root) for name in names)
         # preprocess has named its pictures by their digest: a million need not be opened again.
         if self.artifact:
             return paths, tuple(path.rpartition(os.sep)[2][: images.DIGEST_CHARS] for path in paths)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
-from ..images.formats import SUFFIXES
+from ...store.looking import folders_below
+from ..images.formats import SUFFIXES, UNREAD_SUFFIXES
 from . import SkippedRow, sidecars, task_files
 from .columns import split_named
 from .json_rows import json_row
@@ -21,6 +22,9 @@ from .task_streams import (
 )
 
 SIDECARS = (".json", ".txt")
+
+# What a Mac packs beside the files themselves, under the same names.
+_OF_A_MAC = "__MACOSX"
 
 
 def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
@@ -81,25 +85,48 @@ def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> I
     """Yield the rows of a split's folder: from the tables in it, from what stands beside each
     image, or else from the names of the folders that images are in."""
     start = Path(data.image_root or base)
-    tables = []
-    annotated = False
-    for path in _files(folder):
-        if task_files.is_table(path):
-            tables.append(path)
-        annotated = annotated or path.suffix.lower() in SIDECARS
+    tables = list(filter(task_files.is_table, _files(folder)))
     for table in tables:
         yield from task_files.rows_of(setting(name), data, table, base)
     if not tables:
-        yield from _sidecars(base, folder, start, annotated)
+        yield from _sidecars(base, folder, start, _is_annotated(folder))
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a path below a folder of images is of what programs keep there for themselves:
+    .ipynb_checkpoints/cat.jpg would be one more class, ._cat.jpg no picture."""
+    return any(part.startswith(".") or part == _OF_A_MAC for part in name.split("/"))
+
+
+def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and every one below it with the names of its files, in the same order on
+    every file system."""
+    for inner, names in folders_below(folder):
+        shown = [name for name in names if not is_hidden(f"{inner}/{name}".strip("/"))]
+        yield folder / inner, shown
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, in the same order on every file system."""
-    for place, folders, files in os.walk(folder):
-        # Sorted in place, so that os.walk goes on in this order.
-        folders.sort()
-        for file in sorted(files):
-            yield Path(place, file)
+    for place, names in _folders(folder):
+        for name in names:
+            yield place / name
+
+
+def _is_annotated(folder: Path) -> bool:
+    """Tell whether any image below a folder has a text or an object of its own: one that is called
+    otherwise, a README.txt, says nothing of any."""
+    elsewhere: set[str] = set()
+    for _, names in _folders(folder):
+        beside = _stems(names, SIDECARS)
+        if not beside.isdisjoint(_stems(names, SUFFIXES)):
+            return True
+        elsewhere |= beside
+    # In a folder of their own they are not found, which whoever has them has to be told.
+    return any(not elsewhere.isdisjoint(_stems(names, SUFFIXES)) for _, names in _folders(folder))
+
+
+def _stems(names: list[str], suffixes: tuple[str, ...]) -> set[str]:
+    return {Path(name).stem for name in names if name.lower().endswith(suffixes)}
 
 
 def _with_split_of_folder(found: Found) -> Found:
@@ -120,15 +147,21 @@ def _with_split_of_folder(found: Found) -> Found:
 def _sidecars(base: Path, folder: Path, start: Path, annotated: bool) -> Iterator[Found]:
     """Yield one row per image: with what stands beside it, x.json (columns) or x.txt (an answer),
     or where no image has that, with the name of its folder as its label."""
-    for path in _files(folder):
-        if not path.name.lower().endswith(SUFFIXES):
-            continue
-        where = path.relative_to(base).as_posix()
-        row = {"id": where, "image": os.path.relpath(path, start)}
-        if annotated or path.parent == folder:
-            yield where, _annotated(path, row)
-        else:
-            yield where, row | {"label": path.relative_to(folder).parts[0]}
+    for place, names in _folders(folder):
+        pictures = _stems(names, SUFFIXES)
+        for name in names:
+            path = place / name
+            where = path.relative_to(base).as_posix()
+            if name.lower().endswith(SUFFIXES):
+                row = {"id": where, "image": os.path.relpath(path, start)}
+                if annotated or place == folder:
+                    yield where, _annotated(path, row)
+                else:
+                    yield where, row | {"label": path.relative_to(folder).parts[0]}
+            elif name.lower().endswith(UNREAD_SUFFIXES) and path.stem not in pictures:
+                # Beside a picture of its name it is what that was made from.
+                detail = f"pictures of the kind {path.suffix} are not read; save it as PNG or JPEG"
+                yield where, SkippedRow("unread format", detail)
 
 
 def _annotated(path: Path, row: dict) -> dict | SkippedRow:

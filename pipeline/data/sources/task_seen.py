@@ -13,7 +13,7 @@ from ...errors import DataError, DiskFull
 from ...protocols import Eye, Looked, Seen
 from ...store.artifacts import write_text
 from ...store.reading import sealed, unsealed
-from ..images.formats import SUFFIXES
+from ..images.formats import SUFFIXES, UNREAD_SUFFIXES
 from . import image_folders, task_files, tasks
 from .task_streams import base_of, setting
 
@@ -42,7 +42,8 @@ def seen(name: str, data: TaskDataConfig, eye: Eye) -> Iterator[Seen]:
         yield from rows
         yield from _pictures(name, data, rows, set(), eye)
     elif data.source == "folder":
-        rows = list(eye.below(f"{called}.path", base_of(data), _is_of_folder))
+        below = eye.below(f"{called}.path", base_of(data), _is_of_folder)
+        rows = [each for each in below if not image_folders.is_hidden(each.name)]
         yield from rows
         if any(task_files.is_table(Path(each.name)) for each in rows):
             # Elsewhere the same names are other files
@@ -66,7 +67,8 @@ def _row_files(name: str, data: TaskDataConfig, eye: Eye) -> Iterator[Seen]:
 
 def _is_of_folder(name: str) -> bool:
     is_beside = name.lower().endswith(image_folders.SIDECARS)
-    return is_beside or _is_picture(name) or task_files.is_table(Path(name))
+    is_shown = _is_picture(name) or name.lower().endswith(UNREAD_SUFFIXES)
+    return is_beside or is_shown or task_files.is_table(Path(name))
 
 
 def _is_picture(name: str) -> bool:

@@ -19,7 +19,7 @@ from ...config.task_data import SyntheticConfig, TaskDataConfig
 from ...errors import DataError
 from ..images import images
 from ..images.images import ImageSource
-from ..images.inline import bytes_in, is_address
+from ..images.inline import bytes_in, is_address, path_in
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
 from .columns import (
@@ -230,6 +230,7 @@ def _image(value: object, data: TaskDataConfig) -> ImageSource:
     spelled = bytes_in(value)
     if spelled is not None:
         return spelled
+    value = path_in(value)
     if data.source == "hub" and "://" in value:
         return _fetched(value, data.id)
     if is_address(value):

@@ -28,6 +28,8 @@ from .templates import as_text, template_parts
 # Pictures of a process that need no second look: questions about one picture follow one another.
 _REMEMBERED = 64
 
+_SHOWN_BEFORE = 20  # characters before a byte that is not UTF-8, in a message
+
 
 @dataclass(frozen=True)
 class BuiltRow:
@@ -215,11 +217,10 @@ class RowBuilder:
             group="",
             extra=extra,
         )
-        # JSON can hold half of a surrogate pair, which no UTF-8 file can.
         try:
             row.line().encode()
         except UnicodeEncodeError as error:
-            raise Dropped("not Unicode", f"half of a surrogate pair: {error.reason}") from None
+            raise _unwritable(error) from None
 
         keys = [image.digest for image in stored]
         if document:
@@ -362,8 +363,11 @@ class RowBuilder:
         dataset.fields."""
         data = self.entry.dataset
         values = dict(record.columns)
-        for name in data.fields:
-            values[name] = column(record.columns, name, data)
+        for name, mapped in data.fields.items():
+            # What a field names elsewhere is not what the row has under the field's own name.
+            values.pop(name, None)
+            if value_at(record.columns, mapped) is not None:
+                values[name] = column(record.columns, name, data)
         if any(box.text for box in found):
             if data.ocr:
                 values["text"] = boxes.transcript(found)
@@ -381,7 +385,7 @@ class RowBuilder:
         # A list of numbers is a box, and one of texts never is.
         numbers = metric == "count"
         # Of boxes none may be right, of answers a list of nothing says that nobody knows.
-        if metric != "iou" and right_answers.is_empty(values.get("answer")):
+        if metric != "iou" and "answer" in values and right_answers.is_empty(values["answer"]):
             values["answer"] = None
         given = right_answers.listed(values.get("answer"), numbers)
         others = right_answers.listed(values.get("answers"), numbers)
@@ -405,6 +409,19 @@ class RowBuilder:
         return text
 
 
+def _unwritable(error: UnicodeEncodeError) -> Dropped:
+    """Return why a row whose text no UTF-8 file can hold is none."""
+    code = ord(error.object[error.start])
+    # What a table is read with keeps bytes of other encodings as these.
+    if 0xDC80 <= code <= 0xDCFF:
+        before = error.object[max(0, error.start - _SHOWN_BEFORE) : error.start]
+        return Dropped(
+            "not UTF-8", f"byte 0x{code - 0xDC00:02X} after {before!r}; save the file as UTF-8"
+        )
+    # JSON can spell it.
+    return Dropped("not Unicode", f"half of a surrogate pair: {error.reason}")
+
+
 def _check_transcript(faults: list[BoxFault]) -> None:
     """Raise BadBox when a transcript would lack what a box says that has no place."""
     for fault in faults:
@@ -414,6 +431,9 @@ def _check_transcript(faults: list[BoxFault]) -> None:
 
 def _value(name: str, values: dict) -> str:
     if is_missing(values.get(name)):
+        if name in values:
+            detail = f"its {name} is empty; fill it in, or leave the row out"
+            raise Dropped(f"no field {name}", detail)
         given = [str(key) for key, value in values.items() if not is_missing(value)]
         raise Dropped(
             f"no field {name}",
