@@ -391,7 +391,8 @@ def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
     assert found == list(map(numbers, wanted))
 
 
-def test_a_text_that_is_no_numbers_leaves_none_behind(small):
+@pytest.mark.parametrize("echoes", [False, True])
+def test_a_text_that_is_no_numbers_leaves_none_behind(small, echoes):
     """In the slots of three such texts others go on, beside a longer one."""
     engine, bad = small.engine, 13
     reader = engine.readers[0]
@@ -405,7 +406,10 @@ def test_a_text_that_is_no_numbers_leaves_none_behind(small):
     asked_for += [Prompt((9, at), reader=reader) for at in range(3)]
     hook = engine.network.model.base_model.embed_tokens.register_forward_hook(spoil)
     try:
-        running = [engine.submit(prompt, how) for prompt in asked_for]
+        bad_how = replace(how, echoes=echoes, logprobs=1 if echoes else None)
+        running = []
+        for number, prompt in enumerate(asked_for):
+            running.append(engine.submit(prompt, bad_how if 0 < number < 4 else how))
         for each in running[1:4]:
             with pytest.raises(ArithmeticError):
                 each.wait()

@@ -306,13 +306,12 @@ class Network(ABC):
     def scored(self, x_ND: Tensor, next_ids: Sequence[int], likeliest: int) -> list[Drawn]:
         """Return the tokens that follow in a text that is there, with their probabilities and those
         of so many likeliest. Raises ArithmeticError for logits that are no numbers."""
-        found = []
+        found: list[Drawn] = []
         count = chunk_of(self.vocab_size)
         for start in range(0, len(next_ids), count):
-            logit_NV = self.logits(x_ND[start : start + count]).float().cpu()
-            for logit_V, token in zip(logit_NV, next_ids[start:], strict=False):
-                check_numbers(logit_V)
-                found.append(with_nats(logit_V, token, likeliest))
+            logit_NV = self.logits(x_ND[start : start + count]).float()
+            check_numbers(logit_NV)
+            found += with_nats(logit_NV, next_ids[start : start + count], likeliest)
         return found
 
     def masks(self, batch: Batch) -> Any:

@@ -70,7 +70,10 @@ class TokenSampler:
         check_numbers(changed_V)
         token = int(changed_V.argmax()) if self._is_cold else self._drawn_from(changed_V)
         self._drawn[token] += 1
-        return Drawn(token) if self.told is None else with_nats(wide_V, token, self.told)
+        if self.told is None:
+            return Drawn(token)
+        (drawn,) = with_nats(wide_V.unsqueeze(0), [token], self.told)
+        return drawn
 
     def _changed(self, wide_V: Tensor) -> Tensor:
         """Return logits less penalties of what was drawn, with the bias that was asked for."""
@@ -129,20 +132,24 @@ def _nucleus(logit_N: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return best.indices[is_kept_N], best.values[is_kept_N]
 
 
-def with_nats(logit_V: Tensor, token: int, likeliest: int) -> Drawn:
-    """Return a token with its probability and those of so many likeliest, of logits in fp32."""
-    nats_V = logit_V - logit_V.logsumexp(-1)
-    pairs: list[tuple[int, float]] = []
-    if likeliest:
-        best = nats_V.topk(min(likeliest, len(nats_V)))
-        pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Drawn(token, nats_V[token].item(), tuple(pairs))
+def with_nats(logit_NV: Tensor, tokens: Sequence[int], likeliest: int) -> list[Drawn]:
+    """Return tokens with their probabilities and those of so many likeliest in the place of each,
+    of logits in fp32."""
+    whole_N1 = logit_NV.logsumexp(-1, keepdim=True)
+    token_N1 = torch.tensor(tokens, device=logit_NV.device).unsqueeze(1)
+    nats = (logit_NV.gather(1, token_N1) - whole_N1).flatten().tolist()
+    best = logit_NV.topk(min(likeliest, logit_NV.shape[1]))
+    likely = (best.values - whole_N1).tolist()
+    drawn = []
+    for token, own, ids, others in zip(tokens, nats, best.indices.tolist(), likely, strict=True):
+        drawn.append(Drawn(token, own, tuple(zip(ids, others, strict=True))))
+    return drawn
 
 
 def check_numbers(logit_V: Tensor) -> None:
-    """Raise ArithmeticError for logits that are no numbers."""
+    """Raise ArithmeticError for logits, of any leading shape, that are no numbers."""
     # one that is minus infinity is a token that cannot be drawn
-    if not logit_V.max().isfinite():
+    if not logit_V.amax(-1).isfinite().all():
         raise ArithmeticError("the logits of the next token are no numbers")
 
 
