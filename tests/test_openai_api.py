@@ -161,6 +161,11 @@ def test_what_is_not_done_is_refused_by_the_field_s_name(http, path, field):
     refused(http.post(f"/v1/{path}", json=body), 400, f"{field}: not supported", field)
 
 
+def test_an_editor_at_the_end_of_a_file_has_no_suffix(http):
+    body = {"prompt": "def f(", "suffix": "", "stop": ["\n\n"], "max_tokens": 8}
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("chosen", "listed"), [("tool_choice", "tools"), ("function_call", "functions")]
 )
@@ -174,6 +179,16 @@ def test_tools_that_are_not_to_be_called_ask_for_nothing(http, chosen, listed):
 
 WRONG = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream alone"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options",
+        "continuous_usage_stats is not supported yet; leave it out or set it to false",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
+        "messages",
+        "refusal is not supported yet",
+    ),
     ({"top_logprobs": 2}, "top_logprobs", "set logprobs to true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"n": 17}, "n", "at most 16"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -19,11 +19,14 @@ from .answers import (
 from .forms import Form, Json
 from .generation import Piece, Prompt, Sampling
 from .interface import described
-from .protocol import OnlyNone, read_body
+from .protocol import only, read_body
 from .refusals import ApiError
 from .sampling_body import MAX_CHOICES, MAX_LIKELIEST, SamplingBody
 from .service import Service
 from .told import Telling, completion_logprobs
+
+# What editors send at the end of a file, where nothing follows.
+NoText = Annotated[Any, only(None, "")]
 
 
 def _is_ids(given: object) -> bool:
@@ -65,7 +68,7 @@ class CompletionBody(SamplingBody):
         "probability after those before it; a language model's bundle alone",
     )
     # The one of OpenAI's fields of which only the default is served.
-    suffix: OnlyNone = None
+    suffix: NoText = None
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:

@@ -22,6 +22,7 @@ from .refusals import ApiError
 MOST_FIELDS = 1024
 MOST_VALUES = 1 << 20
 MOST_PROBLEMS = 8  # that are told of one request
+NOT_DONE = "not supported yet"
 
 
 # Not compared: typing makes one type of what is equal, and to Python 1 is True.
@@ -42,7 +43,7 @@ class Only:
         is_nothing = value is None and (given is False or given in ([], {}))
         if given not in self.values and not is_nothing:
             wanted = " or ".join(json.dumps(each) for each in self.values)
-            raise ValueError(f"not supported yet; leave it out or set it to {wanted}")
+            raise ValueError(f"{NOT_DONE}; leave it out or set it to {wanted}")
         return value
 
     def __get_pydantic_core_schema__(self, _kind: Any, _handler: Any) -> core_schema.CoreSchema:
@@ -134,6 +135,8 @@ def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
             text = f"no such field{inner}"
         else:
             text = text[:1].lower() + text[1:]
+            if text.startswith(NOT_DONE) and len(problem["loc"]) > 1:
+                text = f"{problem['loc'][-1]} is {text}"
         name = _field(problem)
         if not name and problem["type"] == "value_error":
             texts.append(f"the request {sentence(problem)}")
