@@ -8,7 +8,7 @@ from pipeline.config.task_data import TaskDataConfig
 from pipeline.data.drop_stats import DropStats
 from pipeline.data.images.formats import SUFFIXES
 from pipeline.data.images.inline import bytes_in
-from pipeline.data.sources import SkippedRow, task_files
+from pipeline.data.sources import SkippedRow, image_folders, task_files
 from pipeline.data.sources.columns import listed, structured, value_at
 from pipeline.errors import DataError
 
@@ -30,11 +30,7 @@ def read_pages(source: Path, image_field: str, stats: DropStats) -> Iterator[Pag
     Raises DataError for a file that cannot be read.
     """
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        for number, path in enumerate(files):
-            stats.seen += 1
-            name = path.relative_to(source).as_posix()
-            yield Page(number, name, name, {})
+        yield from _of_folder(source, stats)
         return
 
     # Several questions about one image are one page, and the first row with boxes says them.
@@ -68,3 +64,19 @@ def read_pages(source: Path, image_field: str, stats: DropStats) -> Iterator[Pag
         elif row["boxes"] and not known.row.get("boxes"):
             pages[image] = replace(known, where=where, row=row)
     yield from pages.values()
+
+
+def _of_folder(source: Path, stats: DropStats) -> Iterator[Page]:
+    files = sorted(image_folders.files(source))
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    known = {path.with_suffix("") for path in pictures}
+    for number, path in enumerate(pictures):
+        stats.seen += 1
+        name = path.relative_to(source).as_posix()
+        yield Page(number, name, name, {})
+    for path in files:
+        # Beside a picture of its name it is what that was made from.
+        if image_folders.is_unread(path.name) and path.with_suffix("") not in known:
+            why = image_folders.unread(path)
+            stats.seen += 1
+            stats.drop(why.reason, path.relative_to(source).as_posix(), why.detail)

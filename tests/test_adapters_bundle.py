@@ -193,6 +193,9 @@ def test_adapters_are_exported_as_they_stand_and_the_example_of_the_cards_runs(m
         tensors = f"adapters/{name}/adapter/adapter_model.safetensors"
         assert files[tensors] == read_sums(bundled)[tensors]
     assert example_of(tmp_path / "out") == example_of(bundled)
+    limits = cfg.loras.base.image
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"below {limits.min_pixels:,} or above {limits.max_pixels:,} px were fitted" in card
     assert printed(tmp_path / "out")
 
 

@@ -238,6 +238,18 @@ def test_detected_regions_take_the_text_of_boxes_inside_and_others_wait_for_a_ha
     }
 
 
+def test_a_folder_tells_of_what_it_cannot_read_and_passes_over_what_programs_left(tmp_path, pages):
+    """A PDF among them was left out without a word, a Mac's ._ files were torn pictures."""
+    folder = pages.parent / "img"
+    (folder / "._0.png").write_bytes(b"of a Mac")
+    (folder / "scan.pdf").write_bytes(b"%PDF-1.7")
+    (folder / "0.psd").write_bytes(b"8BPS")
+    assert run(folder, tmp_path / "out", "--by", "detector", "--max-bad-share", 0.5) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["images"] == 9 and report["dropped"] == {"unread format": 1}
+    assert "scan.pdf" in str(report["examples"])
+
+
 def test_bad_images_are_counted_and_the_rest_is_cut(tmp_path, pages, capsys):
     rows = [json.loads(line) for line in pages.read_text().splitlines()]
     rows[1] |= {"image": "../../secret.png"}

@@ -59,7 +59,7 @@ def look(name: str, data: TaskDataConfig) -> None:
     if data.image_root:
         places.append(Path(data.image_root))
     for place in places:
-        for file in _files(place):
+        for file in files(place):
             if file.suffix.lower() in SUFFIXES or task_files.is_table(file):
                 return
     raise DataError(f"{setting(name)}.path: {base} has no images; correct path")
@@ -85,7 +85,7 @@ def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> I
     """Yield the rows of a split's folder: from the tables in it, from what stands beside each
     image, or else from the names of the folders that images are in."""
     start = Path(data.image_root or base)
-    tables = list(filter(task_files.is_table, _files(folder)))
+    tables = list(filter(task_files.is_table, files(folder)))
     for table in tables:
         yield from task_files.rows_of(setting(name), data, table, base)
     if not tables:
@@ -98,6 +98,17 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == _OF_A_MAC for part in name.split("/"))
 
 
+def is_unread(name: str) -> bool:
+    """Tell whether a file is called as one that shows something and is of no format read here."""
+    return name.lower().endswith(UNREAD_SUFFIXES)
+
+
+def unread(path: Path) -> SkippedRow:
+    """Return why such a file gives no row."""
+    detail = f"pictures of the kind {path.suffix} are not read; save it as PNG or JPEG"
+    return SkippedRow("unread format", detail)
+
+
 def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and every one below it with the names of its files, in the same order on
     every file system."""
@@ -106,7 +117,9 @@ def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield folder / inner, shown
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder of images but hidden ones, in the same order on every file
+    system."""
     for place, names in _folders(folder):
         for name in names:
             yield place / name
@@ -158,10 +171,9 @@ def _sidecars(base: Path, folder: Path, start: Path, annotated: bool) -> Iterato
                     yield where, _annotated(path, row)
                 else:
                     yield where, row | {"label": path.relative_to(folder).parts[0]}
-            elif name.lower().endswith(UNREAD_SUFFIXES) and path.stem not in pictures:
+            elif path.stem not in pictures and is_unread(name):
                 # Beside a picture of its name it is what that was made from.
-                detail = f"pictures of the kind {path.suffix} are not read; save it as PNG or JPEG"
-                yield where, SkippedRow("unread format", detail)
+                yield where, unread(path)
 
 
 def _annotated(path: Path, row: dict) -> dict | SkippedRow:

@@ -13,7 +13,7 @@ from ...errors import DataError, DiskFull
 from ...protocols import Eye, Looked, Seen
 from ...store.artifacts import write_text
 from ...store.reading import sealed, unsealed
-from ..images.formats import SUFFIXES, UNREAD_SUFFIXES
+from ..images.formats import SUFFIXES
 from . import image_folders, task_files, tasks
 from .task_streams import base_of, setting
 
@@ -67,7 +67,7 @@ def _row_files(name: str, data: TaskDataConfig, eye: Eye) -> Iterator[Seen]:
 
 def _is_of_folder(name: str) -> bool:
     is_beside = name.lower().endswith(image_folders.SIDECARS)
-    is_shown = _is_picture(name) or name.lower().endswith(UNREAD_SUFFIXES)
+    is_shown = _is_picture(name) or image_folders.is_unread(name)
     return is_beside or is_shown or task_files.is_table(Path(name))
 
 

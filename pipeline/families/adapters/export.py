@@ -2,6 +2,7 @@
 base they stand on or what makes its requests.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def export(
     folder: Path,
     progress: Progress,
     kind: ModelKind,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the experts' adapters and the router's to an empty folder, with a card and SHA256SUMS.
+    """Write the experts' adapters and the router's to an empty folder, with a card, which has the
+    notes, and SHA256SUMS.
 
     Raises ConfigError, MissingArtifact, DamagedArtifact, DataError when the base cannot be found.
     """
@@ -51,6 +54,7 @@ def export(
     pin = ModelRef.read(of_base)
     files = [*adapter_files(cfg, parts), *base_files(pin, locate(pin, of_base, kind))]
     about = _about(cfg, parts, pin, kind)
+    about["notes"] += notes
     texts: dict[str, str | dict[str, Any]] = {
         PIN: pin.values(),
         "README.md": report.export_card(None, about),

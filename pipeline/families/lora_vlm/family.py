@@ -143,7 +143,13 @@ def export(
     """Write the experts' adapters and the router's to an empty folder."""
     from ..adapters.export import export
 
-    export(cfg, parts, wish, folder, progress, QWEN3_VL)
+    image = cfg.loras.base.image
+    note = (
+        f"Pictures of an area below {image.min_pixels:,} or above {image.max_pixels:,} px were "
+        "fitted to it before the processor had them, sides in proportion (Pillow's LANCZOS). "
+        "Do so too: the processor alone makes other tokens of them, so that answers may differ."
+    )
+    export(cfg, parts, wish, folder, progress, QWEN3_VL, [note])
 
 
 def write_kit(cfg: LoraVlmConfig, parts: Parts, domain: str, folder: Path) -> None:
