@@ -340,6 +340,21 @@ def test_files_among_classes_that_are_not_read_are_told(tmp_path):
     assert "dog/scan.PDF" in str(report["examples"])
 
 
+def test_ids_of_coco_match_as_text_and_annotations_of_no_picture_are_told(tmp_path, data):
+    """Numbers in one list and digits in the other matched nothing; others were left out unsaid."""
+    made = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(COUNT)],
+        "annotations": [{"image_id": str(i), "caption": f"it is {i}"} for i in range(COUNT + 3)],
+    }
+    path = data / "captions.json"
+    path.write_text(json.dumps(made))
+    task = entry(jsonl(path, max_bad_share=0.1), prompt="Describe.")
+    _, found, report = prepared(tmp_path, task)
+    assert answers(found) == ALL and report["dropped"] == {"annotations of no picture": 1}
+    told = report["examples"]["annotations of no picture"][0]
+    assert f"annotations: 3 of {COUNT + 3} annotations" in told and f"first {COUNT};" in told
+
+
 # ---------------------------------------------------------------- JSON in a column
 
 

@@ -246,7 +246,7 @@ def test_a_folder_tells_of_what_it_cannot_read_and_passes_over_what_programs_lef
     (folder / "0.psd").write_bytes(b"8BPS")
     assert run(folder, tmp_path / "out", "--by", "detector", "--max-bad-share", 0.5) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["images"] == 9 and report["dropped"] == {"unread format": 1}
+    assert report["images"] == 10 and report["dropped"] == {"unread format": 1}
     assert "scan.pdf" in str(report["examples"])
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
-from . import Note
-from .columns import split_named
+from . import Note, SkippedRow
+from .columns import brief, split_named
 from .csv_rows import csv_rows
 from .file_kinds import is_odd
 from .json_rows import json_rows, jsonl_rows
@@ -247,20 +247,21 @@ def _lists_of_rows(value: object) -> dict[str, list[dict]]:
     return lists
 
 
-def _coco_rows(where: str, lists: dict[str, list[dict]]) -> Iterator[tuple[str, dict]]:
+def _coco_rows(where: str, lists: dict[str, list[dict]]) -> Iterator[tuple[str, dict | SkippedRow]]:
     """Yield one row for each picture of a COCO file: its columns, and in boxes, captions and label
-    what its annotations say."""
-    names = {kind.get("id"): kind.get("name") for kind in lists.get("categories", [])}
-    by_image: dict[object, list[dict]] = {}
+    what its annotations say; and why annotations of no picture are left out."""
+    # As text: where one list has numbers and the other their digits, all would be of nothing.
+    names = {str(kind.get("id")): kind.get("name") for kind in lists.get("categories", [])}
+    by_image: dict[str, list[dict]] = {}
     for annotation in lists["annotations"]:
-        by_image.setdefault(annotation.get("image_id"), []).append(annotation)
+        by_image.setdefault(str(annotation.get("image_id")), []).append(annotation)
     for number, image in enumerate(lists["images"], 1):
         boxes = []
         captions = []
-        for annotation in by_image.get(image.get("id"), []):
+        for annotation in by_image.get(str(image.get("id")), []):
             # Outlines alone are boxes that cannot be read, not no boxes.
             if "bbox" in annotation or "segmentation" in annotation:
-                label = names.get(annotation.get("category_id"))
+                label = names.get(str(annotation.get("category_id")))
                 about = annotation | {"bbox": _coco_corners(annotation.get("bbox"))}
                 boxes.append(about | ({} if label is None else {"label": label}))
             if "caption" in annotation:
@@ -269,6 +270,15 @@ def _coco_rows(where: str, lists: dict[str, list[dict]]) -> Iterator[tuple[str, 
         if captions:
             said |= {"answer": captions[0], "answers": captions}
         yield f"{where} images {number}", image | said
+    known = {str(image.get("id")) for image in lists["images"]}
+    lost = [name for name in by_image if name not in known]
+    if lost:
+        count = sum(len(by_image[name]) for name in lost)
+        detail = (
+            f"{count} of {len(lists['annotations'])} annotations have an image_id that is the id "
+            f"of none in images, the first {brief(lost[0])}; take them out, or add the pictures"
+        )
+        yield f"{where} annotations", SkippedRow("annotations of no picture", detail)
 
 
 def _coco_corners(bbox: object) -> object:
