@@ -340,6 +340,21 @@ def test_files_among_classes_that_are_not_read_are_told(tmp_path):
     assert "dog/scan.PDF" in str(report["examples"])
 
 
+@pytest.mark.parametrize("form", ["of both", "of the prompt", "of parts"])
+def test_a_prompt_of_turns_is_a_chat_and_no_text(tmp_path, data, form):
+    """As TRL parts prompt and completion: it was learned as JSON."""
+    made = []
+    for each in rows():
+        parts = [{"type": "image"}, {"type": "text", "text": each.pop("prompt")}]
+        each["prompt"] = parts if form == "of parts" else [{"role": "user", "content": parts}]
+        if form == "of both":
+            each["completion"] = [{"role": "assistant", "content": each.pop("answer")}]
+        made.append(each)
+    _, found, report = prepared(tmp_path, entry(jsonl(write_rows(data / "rows.jsonl", made))))
+    assert answers(found) == ALL and report["dropped"] == {}
+    assert found["r3"].prompt == "what is 3?" and len(found["r3"].images) == 1
+
+
 def test_ids_of_coco_match_as_text_and_annotations_of_no_picture_are_told(tmp_path, data):
     """Numbers in one list and digits in the other matched nothing; others were left out unsaid."""
     made = {

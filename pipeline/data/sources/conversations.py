@@ -1,5 +1,5 @@
 """Chats as other projects write them, as prompts and answers: `messages` with roles and contents,
-`conversations` of ShareGPT and LLaVA, `texts` of pairs.
+`conversations` of ShareGPT and LLaVA, `texts` of pairs, `prompt` and `completion` of TRL.
 
 Invariant: an exchange is a question and its answer as they stand; nothing of a chat that is left
 out of its rows passes without a reason to count.
@@ -54,6 +54,32 @@ def column_of(columns: dict) -> str | None:
         if turns and isinstance(turns[0], dict):
             return name
     return None
+
+
+def of_prompt(columns: dict) -> dict:
+    """Return a row whose prompt is turns, or the parts of one, with the chat that it is the
+    beginning of in the column messages, as TRL parts prompt and completion; any other as it is."""
+    asked = _turns(columns.get("prompt"))
+    if not asked or not all(isinstance(each, dict) for each in asked):
+        return columns
+    is_turns = _is_turn(asked[0])
+    if not is_turns and asked[0].get("type") not in (*_PICTURE_PARTS, *_TEXT_PARTS):
+        return columns
+    row = {name: value for name, value in columns.items() if name != "prompt"}
+    asked = asked if is_turns else [{"role": "user", "content": asked}]
+    answered = row.pop("completion", None) or row.get("answer")
+    said = _turns(answered)
+    if said and _is_turn(said[0]):
+        row["answer"] = None
+    else:
+        # Whatever it is, the row's own answer counts.
+        row["answer"] = answered
+        said = [{"role": "assistant", "content": ""}]
+    return row | {"messages": [*asked, *said]}
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and any(who in value and what in value for who, what in _KEYS)
 
 
 def rows(where: str, columns: dict, turns: str) -> Iterator[tuple[str, dict | SkippedRow]]:

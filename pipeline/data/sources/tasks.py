@@ -86,6 +86,8 @@ def look(name: str, data: TaskDataConfig) -> None:
 def _exchanges(rows: Iterator[Found], data: TaskDataConfig) -> Iterator[Found]:
     """Pass rows on, those that are chats as the questions and answers in them."""
     for where, found in rows:
+        if isinstance(found, dict) and "prompt" not in data.fields:
+            found = conversations.of_prompt(found)
         is_asked = isinstance(found, dict) and column(found, "prompt", data) not in (None, "")
         if isinstance(found, SkippedRow) or is_asked:
             yield where, found
