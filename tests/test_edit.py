@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.edit import NotEditable, edited
-from pipeline.config.files import parse_text
+from pipeline.config.files import assigned, parse_text
 
 WORDS = ("law", "3e-4", "900_000", "'it''s'", '"a: b"', "data/*.txt", "true", "~", "C++", "x#y")
 COMMENTS = ("", "", "", "  # why", " # [a, b]: {c}", "   #")
@@ -190,3 +190,11 @@ def test_one_change_at_a_time(text, wanted, after):
 def test_a_key_given_twice_is_refused():
     with pytest.raises(Exception, match="a is given twice"):
         edited("a: 1\na: 2\n", {"a": 3}, False)
+
+
+def test_a_template_that_is_typed_is_text_and_no_object():
+    """As a folder of classes needs it: the message was that the answer must be a text."""
+    assert assigned("answer={label}", "--option") == {"answer": "{label}"}
+    assert assigned("dataset.fields={prompt: q}", "--option") == {
+        "dataset": {"fields": {"prompt": "q"}}
+    }

@@ -6,6 +6,7 @@ that file.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .routing_set import RoutingSetConfig
 
 # Settings that may be the path of a file with what belongs there.
 NAMED_FILES = ("loras", "dataset")
+
+_COLUMN = re.compile(r"\{[A-Za-z_][\w.]*\}")
 
 
 class _Constructor(SafeConstructor):
@@ -112,7 +115,8 @@ def assigned(item: str, flag: str) -> dict:
             f"{flag} {item}: write it as section.field=value, for example expert.steps=2000"
         )
     try:
-        value = parse_yaml(text)
+        # A template of one column, which is YAML for an object that nothing takes.
+        value: Any = text if _COLUMN.fullmatch(text) else parse_yaml(text)
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{flag} {item}: the value is not YAML: {error}") from None
     # From the innermost name outwards: each mapping holds the one before it.
