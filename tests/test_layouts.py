@@ -293,6 +293,12 @@ def pets(base):
     return entry({"source": "folder", "path": str(base)}, prompt="Which?", answer="{label}")
 
 
+def test_a_folder_of_pictures_in_place_of_rows_is_told_its_source(tmp_path):
+    task = pets(tmp_path / "pets")
+    with pytest.raises(DataError, match="found none; .*is read with source: folder$"):
+        prepared(tmp_path, entry(jsonl(tmp_path / "pets"), prompt="Which?", answer=task.answer))
+
+
 def test_what_programs_leave_among_classes_is_no_class_and_no_annotation(tmp_path):
     base = tmp_path / "pets"
     task = pets(base)

@@ -197,9 +197,10 @@ def _table(name: str, data: TaskDataConfig, base: Path) -> Path:
     known = [file for file in found if is_table(file)] or found
     if len(known) != 1:
         listed = ", ".join(file.name for file in found[:10]) or "none"
+        other = "" if found else "; a folder of pictures is read with source: folder"
         raise DataError(
             f"{setting(name)}: {base} should hold one .jsonl file, found {listed}; name the files "
-            "under train, valid and test, or give the path of one (.jsonl, .json, .csv)"
+            f"under train, valid and test, or give the path of one (.jsonl, .json, .csv){other}"
         )
     return known[0]
 
