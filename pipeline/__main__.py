@@ -41,7 +41,7 @@ from .run.stages import RUN, Addresses, address, without_jobs
 from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
 from .store.lineage import Lineage
-from .store.reading import check_folder, read_bytes
+from .store.reading import read_bytes
 from .store.room import NO_ROOM
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
     from .run.backend import printed_progress
     from .run.identity import begin
     from .run.open_report import report_of_run
-    from .run.prune import prune, read_configs
+    from .run.prune import opened, prune, read_configs
     from .run.remove_run import remove_runs
     from .run.show_runs import show_runs
 
@@ -237,7 +237,8 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
         has_report = latest is not None and report_of_run(store, latest) is not None
         args.next = next_step.after_runs(args, latest, has_report)
         return
-    check_folder(store.root)
+    # before its lists are read, which are nowhere below a file
+    opened(store)
     paths = args.config or runs(Path("config"))
     progress = printed_progress(plain_console(stderr=True))
 

@@ -81,6 +81,31 @@ def test_files_of_another_run_of_the_same_settings_are_no_change_of_this_ones(ma
     assert "since it was read last" in "".join(changed(cfg, store, stages.Addresses(cfg).of))
 
 
+def test_frozen_goes_on_with_what_this_run_has_read_and_no_other(made, tmp_path):
+    path, store = made
+    first, _ = begin(load(path), store)
+    file = text_run(tmp_path / "other")
+    added(file.parent / "sea/1.jsonl")
+    other, _ = begin(load(file, ("name=other",)), store, makes=True)
+    make_text(other, store)
+    sea = "preprocess/sea"
+    assert first.identity[sea] != other.identity[sea]
+    added(path.parent / "sea/1.jsonl")
+    edited(file.parent / "sea/1.jsonl")
+    assert begin(load(path), store, frozen=True)[0].identity == first.identity
+    assert begin(load(file, ("name=other",)), store, frozen=True)[0].identity == other.identity
+    # one that has read nothing yet goes by nobody's
+    third, notes = begin(load(file, ("name=third",)), store, frozen=True)
+    assert third.identity[sea] not in (first.identity[sea], other.identity[sea])
+    assert "not made yet under these settings, so looked at now" in " ".join(notes)
+    # of a store of an earlier version nobody knows whose it is
+    for record in store.root.glob("sources/made/*.json"):
+        known = json.loads(record.read_text())
+        del known["runs"]
+        record.write_text(json.dumps(known))
+    assert begin(load(path), store, frozen=True)[0].identity == other.identity
+
+
 def test_a_plan_leaves_no_trace_of_what_it_saw(made, capsys):
     path, store = made
     edited(path.parent / "sea/1.jsonl")
@@ -327,11 +352,11 @@ def test_a_record_that_is_lost_or_torn_tells_nothing(made):
     path, store = made
     cfg, _ = begin(load(path), store)
     name = identity.recipe(cfg, "preprocess", "sea")
-    assert sources.print_of(store, "made", name) == cfg.identity["preprocess/sea"]
+    assert sources.print_of(store, "made", name, cfg.name) == cfg.identity["preprocess/sea"]
     seen = sources.looked_at(store, cfg.identity["preprocess/sea"])
     assert {Path(each.name).name for each in seen.seen} == {"0.jsonl", "1.jsonl", "2.jsonl"}
     (store.root / f"sources/made/{name}.json").write_text("{")
-    assert sources.print_of(store, "made", name) == ""
+    assert sources.print_of(store, "made", name, cfg.name) == ""
     assert ("preprocess", "sea") not in identity.recorded(cfg, store, "made")
 
 

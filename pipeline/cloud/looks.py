@@ -17,8 +17,7 @@ from ..run.identity import begin, changed, recipes, with_prints
 from ..run.stages import Addresses, label
 from ..store.artifacts import Store
 from ..store.looking import FOLDER
-from ..store.reading import parse_object
-from ..store.sources import SEEN, When
+from ..store.sources import SEEN, When, print_in
 from .far import Names, Read
 from .leases import SharedTable
 
@@ -42,7 +41,8 @@ def as_recorded(
     for name, job in recipes(cfg).items():
         places = [f"{FOLDER}/{kind}/{name}.json" for kind in kinds]
         known = [place for place in places if place in there]
-        found = _print(read(known[0])) if known else ""
+        prints_there = (print_in(read(place) or b"", cfg.name) for place in known)
+        found = next(filter(None, prints_there), "")
         if found:
             prints[job] = found
         elif any(cfg.read_outside(*job)):
@@ -69,7 +69,7 @@ def changed_looks(
         if now is None or f"{name}.json" not in there:
             continue
         record = f"{FOLDER}/made/{name}.json"
-        was = _print(read(record))
+        was = print_in(read(record) or b"", cfg.name)
         if was and was != now:
             yield record
             yield f"{FOLDER}/{SEEN}/{was}.json"
@@ -142,10 +142,3 @@ class SharedLooks:
 
     def _key(self, trials: Sequence[Trial]) -> str:
         return f"{self.run}/looked/{trials[0].label}"
-
-
-def _print(data: bytes | None) -> str:
-    try:
-        return str(parse_object(data or b"")["print"])
-    except (ValueError, KeyError):
-        return ""

@@ -51,7 +51,7 @@ def begin(
         prints = recorded(cfg, store, "made")
     looked = look_at(cfg, store, progress, leave_out=prints, fetches=makes)
     for job, found in looked.items():
-        was = sources.print_of(store, "made", recipe(cfg, *job))
+        was = sources.print_of(store, "made", recipe(cfg, *job), cfg.name)
         # Without its server nobody can say that it has changed, nor read it
         if was and any(each.sum == UNREACHABLE for each in found.seen):
             prints[job] = was
@@ -62,7 +62,7 @@ def begin(
             for job, found in looked.items():
                 # Nobody goes by a look at what could not be reached
                 if found.print == prints[job]:
-                    sources.keep(store, "looked", recipe(cfg, *job), found)
+                    sources.keep(store, "looked", recipe(cfg, *job), found, cfg.name)
     return with_prints(cfg, prints), notes
 
 
@@ -131,10 +131,10 @@ def _eye(
 
 
 def recorded(cfg: RunConfig, store: Store, when: When) -> dict[JobKey, str]:
-    """Return the prints that a store has of a run's jobs."""
+    """Return the prints that a store has of a run's jobs, as that run has read."""
     found = {}
     for job in _jobs(cfg):
-        known = sources.print_of(store, when, recipe(cfg, *job))
+        known = sources.print_of(store, when, recipe(cfg, *job), cfg.name)
         if known:
             found[job] = known
     return found
@@ -166,7 +166,7 @@ def check_unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) 
         if found is None or found.print != wanted:
             told = changes(_details(store, wanted), found)
             again = "do it again"
-            if sources.print_of(store, "made", recipe(cfg, *job)) == wanted:
+            if sources.print_of(store, "made", recipe(cfg, *job), cfg.name) == wanted:
                 # Read once, and what was made of it has gone: no look brings that back
                 again += ", without --frozen, as what was made of it is not in the store"
             raise DataError(f"{told} since it was looked at, before this began; {again}")
@@ -205,15 +205,15 @@ def note_made(cfg: RunConfig, store: Store, stage: str, item: str | None) -> Non
         return
     name = recipe(cfg, stage, item)
     with suppress(OSError, DiskFull):
-        if sources.print_of(store, "made", name) != print_:
-            sources.keep(store, "made", name, _details(store, print_) or Looked(print_, ()))
+        found = _details(store, print_) or Looked(print_, ())
+        sources.keep(store, "made", name, found, cfg.name)
 
 
 def since_made(cfg: RunConfig, store: Store, stage: str, item: str | None) -> str:
     """Return a clause about what has changed of what a job reads since its result was made; ""
     where nothing has, or there is none."""
     now = (cfg.identity or {}).get(source_key(stage, item))
-    was = sources.print_of(store, "made", recipe(cfg, stage, item))
+    was = sources.print_of(store, "made", recipe(cfg, stage, item), cfg.name)
     if not now or not was or now == was:
         return ""
     return f"{changes(_details(store, was), _details(store, now))} since it was read last"

@@ -199,16 +199,17 @@ def _looks(store: Store, reach: Reach) -> Iterator[Leftover]:
         return
     # of what was seen the last one that goes says with whom
     groups: dict[Path, str] = {}
-    for path, print_ in records(store).items():
+    for path, prints in records(store).items():
         run = readers.get(path.stem)
-        seen = seen_path(store, print_)
+        seen = [seen_path(store, print_) for print_ in prints]
         if run:
-            groups.setdefault(seen, run)
+            for each in seen:
+                groups.setdefault(each, run)
             # nobody else has them, so that they tell when it has begun anew
             own = min(reach.own(run), default="")
             yield from _at(path, "store", f"of data that {run} read", removed(run), own)
             continue
-        groups[seen] = ""
+        groups |= dict.fromkeys(seen, "")
         if run is None:
             yield from _at(path, "store", "of data that no run reads", ORPHANS)
     for path in sorted((store.root / SOURCES / SEEN).glob("*.json")):

@@ -2,13 +2,13 @@
 was made of.
 
     sources/seen/<print>.json      the files, URLs and packages that have the print, with their sums
-    sources/looked/<recipe>.json   the print of what a job reads, when a run last looked
-    sources/made/<recipe>.json     the print of what its result in the store was made of
+    sources/looked/<recipe>.json   the print of what a job reads, when a run last looked, and by run
+    sources/made/<recipe>.json     the same of what its result in the store was made of
     sources/text/<key>.json        what documents a file has, and the sum of that file; beside it
                                    a row for each of them (data/text/records.py)
 
-A recipe is a job under its settings, less what it reads. All of it may be lost: then it is looked
-at anew, and nothing tells what it was before.
+A recipe is a job under its settings, less what it reads: runs of the same settings and other files
+share one. All of it may be lost: then it is looked at anew, and nothing tells what it was before.
 """
 
 import json
@@ -30,38 +30,58 @@ TEXT = "text"
 OF = "of"  # the sum of the file whose documents a record has
 
 
-def keep(store: Store, when: When, recipe: str, looked: Looked) -> None:
-    """Write down what a job reads. Raises DiskFull, OSError."""
-    if print_of(store, when, recipe) == looked.print:
-        return
-    root = store.root / FOLDER
+def keep(store: Store, when: When, recipe: str, looked: Looked, run: str) -> None:
+    """Write down what a job of a run reads. Raises DiskFull, OSError."""
+    record = record_path(store, when, recipe)
+    runs: dict[str, str] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = parse_object(record.read_bytes())
+        runs = {str(name): str(print_) for name, print_ in dict(known["runs"]).items()}
+        if known["print"] == runs.get(run) == looked.print:
+            return
     seen = seen_path(store, looked.print)
-    record = root / when / f"{recipe}.json"
     for path in (seen, record):
         path.parent.mkdir(parents=True, exist_ok=True)
     # First what the record names
     text = json.dumps({"seen": [asdict(each) for each in looked.seen]})
     write_text(seen, f"{text}\n")
-    found = {"print": looked.print, "at": now()}
+    found = {"print": looked.print, "at": now(), "runs": runs | {run: looked.print}}
     write_text(record, f"{json.dumps(found)}\n")
 
 
-def print_of(store: Store, when: When, recipe: str) -> str:
-    """Return the print that is written down; "" where there is none that can be read."""
-    with suppress(OSError, ValueError, KeyError):
-        data = (store.root / FOLDER / when / f"{recipe}.json").read_bytes()
-        return str(parse_object(data)["print"])
+def print_of(store: Store, when: When, recipe: str, run: str) -> str:
+    """Return the print that is written down for a run; "" where there is none that can be read."""
+    with suppress(OSError):
+        return print_in(record_path(store, when, recipe).read_bytes(), run)
     return ""
 
 
-def records(store: Store) -> dict[Path, str]:
-    """Return the print by the record that has it, of all that are written down; "" for one that
-    cannot be read."""
-    found = {}
+def print_in(record: bytes, run: str) -> str:
+    """Return the print that a record has for a run; of an older one, which says no run, the print
+    that it has."""
+    with suppress(ValueError, KeyError, TypeError):
+        known = parse_object(record)
+        runs = known.get("runs")
+        return str(known["print"] if runs is None else dict(runs).get(run, ""))
+    return ""
+
+
+def records(store: Store) -> dict[Path, set[str]]:
+    """Return the prints by the record that has them, of all that are written down; none of one
+    that cannot be read."""
+    found: dict[Path, set[str]] = {}
     for when in KINDS:
         for path in sorted((store.root / FOLDER / when).glob("*.json")):
-            found[path] = print_of(store, when, path.stem)
+            found[path] = set()
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                known = parse_object(path.read_bytes())
+                found[path] = {str(known["print"]), *map(str, dict(known.get("runs", {})).values())}
     return found
+
+
+def record_path(store: Store, when: When, recipe: str) -> Path:
+    """Where the print of a recipe is."""
+    return store.root / FOLDER / when / f"{recipe}.json"
 
 
 def seen_path(store: Store, print_: str) -> Path:
