@@ -180,11 +180,6 @@ def test_tools_that_are_not_to_be_called_ask_for_nothing(http, chosen, listed):
 WRONG = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream alone"),
     (
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-        "stream_options",
-        "continuous_usage_stats is not supported yet; leave it out or set it to false",
-    ),
-    (
         {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
         "messages",
         "refusal is not supported yet",
@@ -286,6 +281,29 @@ def test_the_official_client_gets_answers_and_streams(client):
     assert text.choices[0].text == SAID
     stream = client.completions.create(model="fake", prompt="hi", max_tokens=60, stream=True)
     assert "".join(each.choices[0].text for each in stream) == SAID
+
+
+@pytest.mark.parametrize(
+    ("path", "asked_for"), [("/v1/completions", {"prompt": "hi"}), (CHAT, {"messages": MESSAGES})]
+)
+def test_load_tools_are_told_the_usage_with_every_event_and_have_texts_of_one_length(
+    http, engine, path, asked_for
+):
+    """As guidellm and vLLM's own send it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = asked_for | {"stream": True, "stream_options": options, "max_tokens": 4}
+    told = events(http.post(path, json=body | {"ignore_eos": True}))
+    assert last(engine).sampling.past_end
+    counts = [each["usage"]["completion_tokens"] for each in told]
+    assert counts == sorted(counts) and counts[-1] == 4
+    assert {each["usage"]["prompt_tokens"] for each in told} == {last(engine).prompt_tokens}
+    assert {
+        each["usage"]
+        for each in events(
+            http.post(path, json=body | {"stream_options": {"continuous_usage_stats": True}})
+        )
+        if "usage" in each
+    } == set()
 
 
 def test_the_client_s_own_stream_helper_and_parsing_work(client):

@@ -391,6 +391,21 @@ def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
     assert found == list(map(numbers, wanted))
 
 
+def test_a_text_goes_on_past_its_end_where_that_is_asked(small):
+    """As who measures speed asks; what comes before is as it was."""
+    engine = small.engine
+    prompt = Prompt((3, 1, 4), reader=engine.readers[0])
+    ends = Sampling(6, 0.0, logit_bias={END: 1000.0})
+    (last,) = engine.submit(prompt, ends).wait()
+    assert last.finish == "stop"
+    *past, last = engine.submit(prompt, replace(ends, past_end=True)).wait()
+    assert [piece.token.id for piece in past] == [END] * 6 and last.finish == "length"
+    never = Sampling(6, 0.0, logit_bias={END: -1000.0})
+    assert told(engine.submit(prompt, replace(never, past_end=True))) == numbers(
+        told(engine.submit(prompt, never))
+    )
+
+
 @pytest.mark.parametrize("echoes", [False, True])
 def test_a_text_that_is_no_numbers_leaves_none_behind(small, echoes):
     """In the slots of three such texts others go on, beside a longer one."""

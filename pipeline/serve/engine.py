@@ -223,8 +223,10 @@ class Engine(ABC):
         """Return who reads the texts that it is tried with."""
         return (None,)
 
-    def _end_ids(self) -> frozenset[int]:
+    def _end_ids(self, sampling: Sampling) -> frozenset[int]:
         """Return the tokens that end a text."""
+        if sampling.past_end:
+            return frozenset()
         ends = self.model.generation_config.eos_token_id
         return frozenset(ends if isinstance(ends, list) else [ends])
 
@@ -348,7 +350,7 @@ class CompletionEngine(Engine):
             sink,
             TokenSampler(sampling),
             stream,
-            self._end_ids(),
+            self._end_ids(sampling),
             limit,
         )
         self.scheduler.add(row)

@@ -91,8 +91,11 @@ class Form(ABC):
     def of_choices(self, choices: list[Json]) -> Json:
         """Return an event with some texts' parts."""
         told = {**self._common, "object": self.event_object, "choices": choices}
+        if not self.body.tells_usage:
+            return told
         # OpenAI's clients find it in every event once they have asked for it.
-        return told | {"usage": None} if self.body.tells_usage else told
+        by_now = usage(self.generations) if self.body.tells_usage_by_now else None
+        return told | {"usage": by_now}
 
     def _experts(self, tokens: Sequence[Token], ended: Telling | None) -> ToldExperts:
         """Return who spoke some tokens, and in all of a text that has ended."""

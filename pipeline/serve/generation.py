@@ -83,6 +83,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
     # None: no probabilities are told; n: each token's, and beside it those of the n likeliest
     logprobs: int | None = None
+    past_end: bool = False  # a token that ends a text is one like all others
     echoes: bool = False  # its prompt's tokens are told too, before those that are drawn
 
 

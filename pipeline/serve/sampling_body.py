@@ -39,7 +39,9 @@ class StreamOptions(Body):
 
     include_usage: bool = Field(False, description="Tell the usage in an event before the last")
     include_obfuscation: bool = Field(False, description="Taken and not used")
-    continuous_usage_stats: OnlyFalse = False
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: tell in every event what there is by then"
+    )
 
 
 class SamplingBody(Body):
@@ -83,6 +85,9 @@ class SamplingBody(Body):
     stream: bool = Field(False, description="Tell the text as it comes, in server-sent events")
     stream_options: StreamOptions | None = Field(None, description="Of a stream alone")
     return_experts: bool = Field(False, description="Also tell which experts spoke each token")
+    ignore_eos: bool = Field(
+        False, description="Go on where a text would end, as who measures speed wants one length"
+    )
     user: str | None = Field(None, description="Taken and not used")
     # The rest of vLLM's fields that clients send with their defaults.
     best_of: OnlyOne = 1
@@ -90,7 +95,6 @@ class SamplingBody(Body):
     length_penalty: OnlyOne = 1
     use_beam_search: OnlyFalse = False
     min_tokens: OnlyZero = 0
-    ignore_eos: OnlyFalse = False
     stop_token_ids: OnlyNone = None
     include_stop_str_in_output: OnlyFalse = False
     skip_special_tokens: OnlyTrue = True
@@ -110,6 +114,11 @@ class SamplingBody(Body):
     def tells_usage(self) -> bool:
         """Whether a stream is to end with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def tells_usage_by_now(self) -> bool:
+        """Whether every event of a stream is to have the usage, as far as it has come."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def samplings(
         self, max_tokens: int | None, temperature: float, likeliest: int | None, seconds: float
@@ -131,6 +140,7 @@ class SamplingBody(Body):
                 frequency_penalty=self.frequency_penalty,
                 logit_bias=bias,
                 logprobs=likeliest,
+                past_end=self.ignore_eos,
             )
 
     def _seed(self, number: int) -> int | None:
