@@ -265,9 +265,12 @@ def _meant(path: Path | str, root: Path | None) -> str:
     if "\\" in given:
         return "; folders are parted by / here, and paths start at image_root"
     other = _spellings(root / "/".join(parts[:-1])).get(_folded(parts[-1])) if parts else None
-    # A link that leads nowhere, or a folder, has the name itself.
-    if other is None or other == parts[-1]:
+    if other is None:
         return ""
+    if other == parts[-1]:
+        # A link that leads nowhere, or a folder, has the name itself.
+        blanks = str(path) != given
+        return f", {other} does: blanks before or behind are part of a name" if blanks else ""
     if normalize("NFC", other) == normalize("NFC", parts[-1]):
         return (
             "; a name that looks the same does, whose accents are written otherwise, as a Mac "
