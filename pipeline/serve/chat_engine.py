@@ -189,7 +189,7 @@ class ChatEngine(Engine):
             sink,
             TokenSampler(sampling, tells=ranks),
             TextStream(self._decode, sampling.stop),
-            self._end_ids(sampling),
+            self._ends_of(sampling),
             min(sampling.max_tokens or limit, limit),
         )
         row.features = _Seen(media)

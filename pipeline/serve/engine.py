@@ -223,10 +223,12 @@ class Engine(ABC):
         """Return who reads the texts that it is tried with."""
         return (None,)
 
-    def _end_ids(self, sampling: Sampling) -> frozenset[int]:
+    def _ends_of(self, sampling: Sampling) -> frozenset[int]:
+        """Return those of a text, which are none where it is to go on past them."""
+        return frozenset() if sampling.past_end else self._end_ids()
+
+    def _end_ids(self) -> frozenset[int]:
         """Return the tokens that end a text."""
-        if sampling.past_end:
-            return frozenset()
         ends = self.model.generation_config.eos_token_id
         return frozenset(ends if isinstance(ends, list) else [ends])
 
@@ -350,7 +352,7 @@ class CompletionEngine(Engine):
             sink,
             TokenSampler(sampling),
             stream,
-            self._end_ids(sampling),
+            self._ends_of(sampling),
             limit,
         )
         self.scheduler.add(row)
