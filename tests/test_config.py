@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.base import Section, is_hashed, merge
+from pipeline.config.files import parse_yaml
 from pipeline.config.fit import FitConfig
 from pipeline.errors import ConfigError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -440,3 +441,11 @@ def test_classes_of_settings_say_that_they_are():
             if kind.__module__.startswith("pipeline.") and not kind.__name__.endswith("Config"):
                 strange.append(f"{kind.__module__}.{kind.__name__}")
     assert strange == []
+
+
+def test_aliases_of_aliases_are_looked_through_once_each():
+    """Ten of each in the next: 10**12 values if each is looked through where it stands."""
+    lines = ["a0: &a0 [x]"]
+    for level in range(1, 13):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    assert parse_yaml("\n".join(lines))["a1"] == [["x"]] * 10

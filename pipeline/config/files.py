@@ -51,19 +51,23 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError(f"a key must be a name: {error}") from None
     except RecursionError:
         raise YAMLError("it is nested too deep") from None
-    if _holds_itself(found, ()):
+    if _holds_itself(found, (), set()):
         raise YAMLError("an alias (*name) stands within what it names")
     return found
 
 
-def _holds_itself(value: Any, above: tuple[int, ...]) -> bool:
-    """Whether a value has itself among what it holds; above: the ids of what it lies in."""
-    if not isinstance(value, dict | list):
+def _holds_itself(value: Any, above: tuple[int, ...], clear: set[int]) -> bool:
+    """Whether a value has itself among what it holds. `above`: the ids of what it lies in; `clear`:
+    of what was looked through, as aliases of aliases may stand for it a million times."""
+    if not isinstance(value, dict | list) or id(value) in clear:
         return False
     if id(value) in above:
         return True
     entries = value.values() if isinstance(value, dict) else value
-    return any(_holds_itself(each, (*above, id(value))) for each in entries)
+    if any(_holds_itself(each, (*above, id(value)), clear) for each in entries):
+        return True
+    clear.add(id(value))
+    return False
 
 
 def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:

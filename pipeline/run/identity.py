@@ -205,8 +205,9 @@ def note_made(cfg: RunConfig, store: Store, stage: str, item: str | None) -> Non
         return
     name = recipe(cfg, stage, item)
     with suppress(OSError, DiskFull):
-        found = _details(store, print_) or Looked(print_, ())
-        sources.keep(store, "made", name, found, cfg.name)
+        if not sources.is_kept(store, "made", name, print_, cfg.name):
+            found = _details(store, print_) or Looked(print_, ())
+            sources.keep(store, "made", name, found, cfg.name)
 
 
 def since_made(cfg: RunConfig, store: Store, stage: str, item: str | None) -> str:

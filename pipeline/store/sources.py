@@ -32,13 +32,10 @@ OF = "of"  # the sum of the file whose documents a record has
 
 def keep(store: Store, when: When, recipe: str, looked: Looked, run: str) -> None:
     """Write down what a job of a run reads. Raises DiskFull, OSError."""
+    if is_kept(store, when, recipe, looked.print, run):
+        return
     record = record_path(store, when, recipe)
-    runs: dict[str, str] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = parse_object(record.read_bytes())
-        runs = {str(name): str(print_) for name, print_ in dict(known["runs"]).items()}
-        if known["print"] == runs.get(run) == looked.print:
-            return
+    runs = _record(record)[1]
     seen = seen_path(store, looked.print)
     for path in (seen, record):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +44,22 @@ def keep(store: Store, when: When, recipe: str, looked: Looked, run: str) -> Non
     write_text(seen, f"{text}\n")
     found = {"print": looked.print, "at": now(), "runs": runs | {run: looked.print}}
     write_text(record, f"{json.dumps(found)}\n")
+
+
+def is_kept(store: Store, when: When, recipe: str, print_: str, run: str) -> bool:
+    """Whether a print is written down as the last one, and as this run's."""
+    last, runs = _record(record_path(store, when, recipe))
+    return last == runs.get(run) == print_
+
+
+def _record(path: Path) -> tuple[str, dict[str, str]]:
+    """Return the last print of a record and those by run; "" and none where it cannot be read, no
+    runs of an older one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = parse_object(path.read_bytes())
+        runs = dict(known.get("runs", {}))
+        return str(known["print"]), {str(name): str(print_) for name, print_ in runs.items()}
+    return "", {}
 
 
 def print_of(store: Store, when: When, recipe: str, run: str) -> str:
@@ -72,10 +85,8 @@ def records(store: Store) -> dict[Path, set[str]]:
     found: dict[Path, set[str]] = {}
     for when in KINDS:
         for path in sorted((store.root / FOLDER / when).glob("*.json")):
-            found[path] = set()
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                known = parse_object(path.read_bytes())
-                found[path] = {str(known["print"]), *map(str, dict(known.get("runs", {})).values())}
+            last, runs = _record(path)
+            found[path] = {last, *runs.values()} - {""}
     return found
 
 
