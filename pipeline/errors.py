@@ -18,7 +18,8 @@ PipelineError                what a person can act on; the command line prints i
 ├── GivenUp              a training was ended before its time, as others do better
 ├── BudgetError              no way of running a job fits into the memory budget
 ├── CannotStart              what is known of a run before it starts keeps jobs of it from starting
-└── JobsFailed               some jobs of a stage ended badly, the others are kept
+├── JobsFailed               some jobs of a stage ended badly, the others are kept
+└── TrialsFailed             some trials of experiments have no model, or no score; the others do
 Interrupted                  asked to stop; state is saved; the command line exits with 130
 └── LeaseLost                another machine may be at the same job by now; state is saved
 
@@ -220,6 +221,17 @@ class JobsFailed(PipelineError):
         super().__init__(f"{len(failed)} of {len(items)} jobs of {stage} failed")
         self.stage = stage
         self.items = items
+        self.failed = failed
+
+
+class TrialsFailed(PipelineError):
+    """Some trials of experiments have no model or no score; the others are kept and told.
+
+    `failed` has why by what each is called.
+    """
+
+    def __init__(self, trials: int, failed: Mapping[str, str]) -> None:
+        super().__init__(f"{len(failed)} of {trials} trials failed")
         self.failed = failed
 
 

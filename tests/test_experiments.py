@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,17 +20,18 @@ from pipeline import report
 from pipeline.__main__ import main
 from pipeline.config.experiments import CriteriaConfig, GridConfig, SearchConfig
 from pipeline.data.text.tokenizer import train
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, TrialsFailed
 from pipeline.families.load import describes_run, load
 from pipeline.protocols import quiet
 from pipeline.report import experiments
-from pipeline.report.schema.experiments import ExperimentResults
+from pipeline.report.schema.experiments import ExperimentResults, TrialRun
 from pipeline.run import speeds
 from pipeline.run.backend import JobLines, printed_progress
 from pipeline.run.experiments import remaining
 from pipeline.run.experiments.conduct import alike, conduct, write_results
 from pipeline.run.experiments.criteria import judged
 from pipeline.run.experiments.reading import read_experiments
+from pipeline.run.experiments.results import refuse_failed
 from pipeline.run.experiments.search import Study, TriedTrial, groups
 from pipeline.run.experiments.trials import expanded, listed_trials
 from pipeline.run.job import run_job
@@ -161,6 +163,42 @@ def test_what_trials_share_is_made_once_and_a_failed_one_stops_no_other(sweep):
     assert [each.passed for each in by_name["broken"].criteria] == [None] * 3
     assert any("broken seed 0: train_experts sea: the loss" in text for text in told)
     assert [run.state for run in by_name["dense"].runs] == ["done", "done"]
+
+
+def test_a_command_whose_trials_failed_names_them_in_the_end_and_ends_so(sweep, tmp_path, capsys):
+    path, root, *_ = sweep
+    typed = ["experiments", "--config", str(path), "--store", str(root), "--to", str(tmp_path)]
+    assert main(typed) == 2
+    shown = capsys.readouterr()
+    said = shown.err[shown.err.index("error: ") :]
+    assert said.startswith("error: 1 of 11 trials failed; the others are kept")
+    assert "  broken seed 0: train_experts sea: the loss at" in said and "find" not in said
+    assert f"run again: python -m pipeline {shlex.join(typed)}" in said
+    # All of it is there as where nothing failed
+    assert f"report: {tmp_path / 'report.html'}" in shown.out
+    assert (tmp_path / "results.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    {
+        "done": ({"state": "done", "address": "a"}, ""),
+        "failed": ({"state": "failed", "address": "a", "error": "no room"}, "no room"),
+        "unreadable": ({"state": "missing", "address": "a", "error": "torn"}, "torn"),
+        "not measured": ({"state": "done", "address": "a", "unmeasured": "no room"}, "no room"),
+        "ended by its search": ({"state": "pruned", "address": "a", "error": "above"}, ""),
+        "of values that describe no run": ({"state": "failed", "error": "not above 0"}, ""),
+    }.values(),
+)
+def test_what_of_a_trial_is_a_failure(run, why):
+    trial = summed("moe").model_copy(update={"runs": (TrialRun(seed=3, **run),)})
+    results = ExperimentResults(experiments="tried", trials=(summed("dense"), trial))
+    if not why:
+        refuse_failed(results)
+        return
+    with pytest.raises(TrialsFailed, match="^1 of 2 trials failed$") as refused:
+        refuse_failed(results)
+    assert refused.value.failed == {"moe seed 3": why}
 
 
 def test_results_have_losses_sizes_timing_and_where_tokens_go(sweep):

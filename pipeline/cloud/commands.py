@@ -24,6 +24,7 @@ from ..families.load import load, parse
 from ..report.narrow import output
 from ..run.advice import sentence
 from ..run.experiments.reading import read_experiments
+from ..run.experiments.results import refuse_failed
 from ..run.stages import ROWS, RUN, STAGES, about, has_several_jobs
 from ..store.room import writing
 from .client import settled, show_report, show_results
@@ -269,15 +270,20 @@ class Commands:
         with self._told():
             show_costs(run, self.far.names, self.far.read, prices, console)
         self._show("", wrong)
-        report.show_experiments(report.ExperimentResults.model_validate_json(results), console)
+        found = report.ExperimentResults.model_validate_json(results)
+        report.show_experiments(found, console)
         place = f"experiments/{read.name}"
         volume = self.cfg.modal.volume
         if not output_dir:
             self._next(f"modal volume get {volume} {place} .")
-            return
-        with self._told():
-            self.far.copy(place, Path(output_dir))
-        self._next(_browser(Path(output_dir) / read.name / "report.html"))
+        else:
+            with self._told():
+                self.far.copy(place, Path(output_dir))
+            self._next(_browser(Path(output_dir) / read.name / "report.html"))
+        # Without training no trial has a model
+        if not text_only:
+            with self._told(again):
+                refuse_failed(found)
 
     # Of a configuration the following want the names of app and volume, which are read before.
 
@@ -418,12 +424,12 @@ class Commands:
         output().print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Exit with 1 and a sentence where something is wrong."""
+    def _told(self, again: str = "") -> Iterator[None]:
+        """Exit with 1 and a sentence where something is wrong; `again` is what was typed."""
         try:
             yield
         except PipelineError as error:
-            sys.exit(f"error: {sentence(error, self.edge)}")
+            sys.exit(f"error: {sentence(error, self.edge, again)}")
 
 
 def _waited(call: FarCall, following: Following | None) -> Any:

@@ -18,6 +18,7 @@ from ..errors import (
     OtherCheckpoint,
     StaleArtifact,
     StoreError,
+    TrialsFailed,
     UnreadableFile,
 )
 from .stages import first_few, label
@@ -71,6 +72,11 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, JobsFailed):
         failed = {item: f"failed: {sentence(each, edge)}" for item, each in error.failed.items()}
         return account(error.stage, failed, error.items, again)
+    if isinstance(error, TrialsFailed):
+        lines = [f"{text}; the others are kept, and the tables say all of it:"]
+        lines += [f"  {name}: {why}" for name, why in error.failed.items()]
+        lines.append(f"To do the missing ones, mend the cause and run again: {again}")
+        return "\n".join(lines)
     if isinstance(error, CannotStart):
         lines = [f"{text}:"]
         for cause, jobs in error.causes[:_MOST_LINES]:

@@ -12,11 +12,12 @@ from ..advice import CommandLine, sentence
 from ..backend import Local, printed_progress
 from .conduct import PAGE, conduct, local_hand_out, results_folder, write_results
 from .reading import read_experiments
+from .results import refuse_failed
 
 
 def run_experiments(args: argparse.Namespace) -> None:
     """Do a sweep on this machine; print its tables, and where its results are. Raises ConfigError
-    before anything starts, StoreError, Interrupted."""
+    before anything starts, StoreError, Interrupted; in the end TrialsFailed."""
     experiments = read_experiments(args.config, tuple(args.override))
     errors = plain_console(stderr=True, soft_wrap=True)
     progress = printed_progress(errors)
@@ -55,3 +56,5 @@ def run_experiments(args: argparse.Namespace) -> None:
     page = folder / PAGE
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     args.next = next_step.opened_page(page)
+    # Last, as the others are what was asked for
+    refuse_failed(results)
