@@ -70,6 +70,7 @@ def test_a_file_that_links_lead_to_is_read_once_and_a_mark_alone_is_no_row(tmp_p
     write_jsonl(tmp_path / "b.jsonl", ROWS)
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")
     (tmp_path / "all").symlink_to(tmp_path)
+    (tmp_path / "z.jsonl").hardlink_to(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl").write_bytes(codecs.BOM_UTF8)
     (tmp_path / "d.json").write_bytes(codecs.BOM_UTF8 + b"\n")
     alone, _ = read(config(tmp_path / "b.jsonl"))

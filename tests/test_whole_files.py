@@ -12,6 +12,7 @@ import json
 import lzma
 import random
 import struct
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -411,14 +412,21 @@ def test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused(tmp_path):
         assert len(read(config(hub=[entry | {"allow_fewer_rows": True}]))[0]) == 4
 
 
-def test_files_of_two_entries_are_told_before_anything_starts_also_beside_an_address(tmp_path):
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_files_of_two_entries_are_told_before_anything_starts_also_beside_an_address(
+    tmp_path, link
+):
     path = tmp_path / "a.txt"
     path.write_text("a text that two entries name, long enough to be one\n")
+    other, told = path, r"a\.txt is matched by two entries"
+    if link is not None:
+        other, told = tmp_path / "b.txt", r"a\.txt, which \S*/b\.txt is a link to, is matched by"
+        link(other, path)
     both = [
         {"paths": [str(path)], "domain": "a"},
-        {"paths": [str(path), "https://host.invalid/b.txt"], "domain": "b"},
+        {"paths": [str(other), "https://host.invalid/b.txt"], "domain": "b"},
     ]
-    with pytest.raises(DataError, match=r"a\.txt is matched by two entries"):
+    with pytest.raises(DataError, match=told):
         look(config(files=both, source="files"))
 
 

@@ -82,12 +82,14 @@ def _check(entries: "list[tuple[FilesConfig, _Found]]", cfg: TextRunConfig) -> N
     """Raise DataError as sources does for what is found."""
     if cfg.partition.by == "labels":
         _refuse_unlabelled(entries)
-    owners: dict[str, FilesConfig] = {}
+    owners: dict[object, tuple[FilesConfig, str]] = {}
     for entry, found in entries:
-        for _, path in found:
-            if owners.setdefault(path, entry) is not entry:
+        for fs, path in found:
+            owner, first = owners.setdefault(_identity(fs, path), (entry, path))
+            if owner is not entry:
+                one = path if path == first else f"{first}, which {path} is a link to,"
                 raise DataError(
-                    f"data.files: {path} is matched by two entries, and its documents would be "
+                    f"data.files: {one} is matched by two entries, and its documents would be "
                     "read twice. Make the paths of one of them narrower"
                 )
 
@@ -268,7 +270,7 @@ def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str
 
     # Each file once, by how many globs and links it is ever reached
     found: dict[str, AbstractFileSystem] = {}
-    known: dict[str, str] = {}
+    known: dict[object, str] = {}
     for pattern in patterns:
         try:
             fs, path = url_to_fs(pattern)
@@ -297,10 +299,23 @@ def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str
                     f"data.files: {hit} is a pipe or a device and no file; write what it gives to "
                     "a file, or leave it out"
                 )
-            real = os.path.realpath(hit) if is_local(fs) else hit
-            found[known.setdefault(real, hit)] = fs
+            found[known.setdefault(_identity(fs, hit), hit)] = fs
     for path, fs in found.items():
         yield fs, path
+
+
+def _identity(fs: "AbstractFileSystem", path: str) -> object:
+    """Return what two paths have in common that lead to one file, by whatever links."""
+    if not is_local(fs):
+        return path
+    real = os.path.realpath(path)
+    try:
+        about = os.stat(real)  # noqa: PTH116
+    except OSError:
+        return real
+    # Not every network's disk has numbers that tell files apart, but it counts links only where
+    # it has them
+    return (about.st_dev, about.st_ino) if about.st_nlink > 1 else real
 
 
 def _hits(fs: "AbstractFileSystem", path: str) -> Iterator[str]:
