@@ -136,15 +136,33 @@ def test_what_went_without_a_note_gets_it_from_the_next_run_and_once(run, monkey
     # As one expert is left
     alone = merge(read(run.path), {"router": {"top_k": 1}})
     run.path.write_text(yaml_text(alone), "utf-8")
-    leave(run.store.open(), root_of(load(run.path), "tiny/tiny.yaml"))
+    begun(run)
     with monkeypatch.context() as patch:
         patch.setattr(domains, "note_gone", killed)
         run.command("remove", "shop", code=130)
     assert not (run.store.root / "removed").exists()
+    # Changed once more before it could be noted: its last run is not the one before
+    other = merge(read(run.path), {"trunk": {"steps": 7}})
+    run.path.write_text(yaml_text(other), "utf-8")
     assert "removed: shop at " in run.command("run")
     assert "removed: " not in run.command("run")
     (note,) = removed(run.store)[0]
     assert (note.domain, note.run, note.file) == ("shop", "tiny", "tiny/tiny.yaml")
+
+
+def begun(run) -> None:
+    """Leave the root of a run as it is now, with its experts begun."""
+    leave(run.store.open(), root_of(load(run.path), "tiny/tiny.yaml"))
+    for _, _, address in jobs(load(run.path), "train_experts"):
+        run.store.resume(address).mkdir(parents=True)
+
+
+def test_what_never_was_there_leaves_no_note_that_it_is_gone(run):
+    """Its text was refused, so it had no expert; a note of it would say that one was removed."""
+    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    assert "is what it was" in run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    assert "removed: " not in run.command("run")
+    assert not (run.store.root / "removed").exists()
 
 
 def test_on_modal_the_file_is_changed_here_and_the_rest_made_there(run):

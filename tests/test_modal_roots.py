@@ -91,10 +91,16 @@ def test_who_hands_out_less_notes_what_is_gone_and_sets_the_reports_beside_each_
     reports = [stages.address(each, "evaluate") for each in (cfg, less)]
     made = [cloud.JobResult("evaluate", None, reports[1], "made")]
     told = []
-    for each in (cfg, less, less):
+    # A run beside it, of the same file and overrides of its own, has taken nothing out of it
+    beside = f"{COMMAND} --override router.top_k=1"
+    for each, command in ((cfg, COMMAND), (less, beside), (less, COMMAND), (less, COMMAND)):
         store = store_of(volume.view())
-        with cloud.begun(each, store, COMMAND) as before:
-            told.append(cloud.since(before, each, made, store))
+        with cloud.begun(each, store, command) as before:
+            found = cloud.since(before, each, made, store)
+        if command == beside:
+            assert not removed(store)[0]
+        else:
+            told.append(found)
     assert [results[0].former for results in told] == ["", reports[0], reports[0]]
     # Once, however often the rest is handed out
     (note,) = removed(Store(volume.path))[0]

@@ -23,7 +23,7 @@ from ..store import in_use
 from ..store.artifacts import Store, now, write_text
 from ..store.reading import sealed, unsealed
 from ..store.removed import told_removed
-from ..store.roots import Root, leave
+from ..store.roots import Root, leave, read_root, root_path
 from .containers import JobResult
 
 # How long the containers that hand out jobs, and that remove, may live.
@@ -119,7 +119,9 @@ def since(
     if not before or any(result.error for result in results):
         return results
     try:
-        for gone in note_all_gone(before[0], cfg, store):
+        # With what it was begun with, which `begun` has written down
+        own = read_root(root_path(store, root_of(cfg).id))
+        for gone in note_all_gone(own, before, cfg, store):
             progress(told_removed(gone, store))
         former = reported(list(before), store)
     except (PipelineError, OSError) as error:

@@ -4,18 +4,18 @@ A domain that comes or goes gives a run other addresses under the same name and 
 it left as it was stays.
 """
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ..config.run import RunConfig
-from ..errors import PipelineError
-from ..families.load import parse
+from ..store.address import job_of
 from ..store.artifacts import Store
 from ..store.removed import Removed, note_removed, removed
 from ..store.roots import Root, readable_roots
 from .reach import as_given, root_of
 from .stages import RUN, STAGES, Addresses, is_report
+
+EXPERTS = "train_experts"  # the stage whose results can leave a run
 
 
 def predecessors(store: Store, name: str, file: str, but: str = "") -> list[Root]:
@@ -58,29 +58,54 @@ def note_gone(
 def note_since(
     cfg: RunConfig, file: Path | str, overrides: tuple[str, ...], store: Store
 ) -> list[Removed]:
-    """Write down which experts the last run of the same name and configuration had that this one
+    """Write down which experts former runs of the same name and configuration had that this one
     has no more, however they were taken out. Raises DiskFull, OSError, UnreadableFile."""
     own = root_of(cfg, file, overrides)
-    for root in predecessors(store, own.name, own.file, but=own.id):
-        if root.overrides == own.overrides:
-            return note_all_gone(root, cfg, store)
-    return []
+    return note_all_gone(own, predecessors(store, own.name, own.file, but=own.id), cfg, store)
 
 
-def note_all_gone(root: Root, after: RunConfig, store: Store) -> list[Removed]:
-    """Write down which experts of a former run another one has no more, once each. Raises DiskFull,
-    OSError, UnreadableFile."""
-    try:
-        before = parse(root.settings)
-    except (PipelineError, ValidationError, KeyError, TypeError):
-        # Of a version whose settings are none here: what it had is not known
-        return []
-    known = set()
+def note_all_gone(
+    own: Root, before: Sequence[Root], after: RunConfig, store: Store
+) -> list[Removed]:
+    """Write down which experts former runs had, the last one first, that another one has no more,
+    each once since a run had it. `own` is the root of that other. Raises DiskFull, OSError,
+    UnreadableFile."""
+    noted = {}
     for gone in removed(store)[0]:
-        if (gone.run, gone.file) == (before.name, root.file) and gone.at >= root.at:
-            known.add(gone.domain)
+        if (gone.run, gone.file) == (own.name, own.file):
+            noted[gone.domain] = max(gone.at, noted.get(gone.domain, ""))
+    kept = set(Addresses(after).reachable())
+    # What is there is no loss, and of what is not there the last one that had it tells
+    seen = set(after.experts)
     notes = []
-    for domain in before.experts:
-        if domain not in after.experts and domain not in known:
-            notes.append(note_gone(domain, before, after, root.file, store))
+    for root in before:
+        if root.overrides != own.overrides:
+            continue
+        for domain in _begun(root, seen, store):
+            if noted.get(domain, "") < root.at:
+                addresses = _of_domain(root, domain, kept, store)
+                notes.append(note_removed(store, domain, root.name, root.file, addresses))
+            seen.add(domain)
     return notes
+
+
+def _begun(root: Root, but: Collection[str], store: Store) -> list[str]:
+    """Return whose experts a run has or has begun, less those named: one whose text was refused, or
+    that was stopped before, has left nothing that could be gone."""
+    found = {}
+    for address in root.addresses:
+        stage, item = job_of(address)
+        if stage == EXPERTS and item is not None and item not in but:
+            begun = store.resume(address).exists() or store.history(address).exists()
+            if begun or store.has(address):
+                found[item] = None
+    return list(found)
+
+
+def _of_domain(root: Root, domain: str, kept: Collection[str], store: Store) -> tuple[str, ...]:
+    """Return what a run has in the store of a domain alone."""
+    found = []
+    for address in root.addresses:
+        if job_of(address)[1] == domain and address not in kept and store.has(address):
+            found.append(address)
+    return tuple(found)
