@@ -107,6 +107,23 @@ def test_text_that_cannot_be_read_leaves_the_file_as_it_was(run):
     assert run.path.read_text("utf-8") == text
 
 
+def test_text_that_cannot_be_read_is_told_where_the_file_was_changed_meanwhile_too(
+    run, monkeypatch
+):
+    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+
+    def edited(*words):
+        run.path.write_text(f"{run.path.read_text('utf-8')}# mine\n", "utf-8")
+        return domains_make(*words)
+
+    domains_make = domains.make
+    monkeypatch.setattr(domains, "make", edited)
+    told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    assert "no usable document" in told and f"{GUEST} is still in it" in told
+    assert "is changed already" in told
+    assert run.path.read_text("utf-8").endswith("# mine\n")
+
+
 def test_a_finished_expert_that_is_refused_leaves_the_file_as_it_was(run, monkeypatch):
     """No run could make what it says, and the next one would end in the same words."""
     text = run.path.read_text("utf-8")
@@ -163,6 +180,27 @@ def test_what_never_was_there_leaves_no_note_that_it_is_gone(run):
     assert "is what it was" in run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
     assert "removed: " not in run.command("run")
     assert not (run.store.root / "removed").exists()
+
+
+def test_a_note_names_what_was_made_of_former_text_and_what_is_begun(run):
+    """Or who removes what it names leaves an expert of the former text, or checkpoints, behind."""
+    run.command("add", GUEST, "--paths", "tiny/hall.jsonl")
+    former = there(run).keys()
+    rows = (run.path.parent / "hall.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (run.path.parent / "less.jsonl").write_text("".join(rows[:-9]), "utf-8")
+    path = run.path
+    path.write_text(path.read_text("utf-8").replace("hall.jsonl", "less.jsonl"), "utf-8")
+    begun(run)
+    under_way = {address for address in addresses(run) if GUEST in address} - former
+    told = run.command("remove", GUEST)
+    (note,) = removed(run.store)[0]
+    made = {address for address in former if GUEST in address}
+    assert len(made) == 2 and set(note.addresses) == made | under_way
+    assert all(address in told for address in note.addresses)
+
+
+def addresses(run) -> set[str]:
+    return {address for _, _, address in jobs(load(run.path), "train_experts")}
 
 
 def test_on_modal_the_file_is_changed_here_and_the_rest_made_there(run):

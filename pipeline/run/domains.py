@@ -324,16 +324,27 @@ def come_and_go(args: Namespace, console: Console) -> None:
             made = make(change, wanted, Local(store, parallel=args.parallel))
         except JobsFailed as error:
             if _is_refused(change.wish, error):
-                # What was named is to be mended, and the same command typed again
-                write(change.taken_back(), keep_former=False)
-                args.again = None
-                console.print(f"{args.config} is what it was", highlight=False, soft_wrap=True)
+                _take_back(change, args, console)
             raise
     compare(change, made, former, store, console)
     if gone is not None:
         text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     args.next = next_step.page(args, change.after.name)
+
+
+def _take_back(change: DomainChange, args: Namespace, console: Console) -> None:
+    """Make the files what they were, as what was named is to be mended and the same command typed
+    again. One that somebody has changed meanwhile stays, which is told: why the job failed is what
+    a person has to read."""
+    try:
+        write(change.taken_back(), keep_former=False)
+    except ConfigError as error:
+        text = f"{error}: {change.wish.name} is still in it"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        return
+    args.again = None
+    console.print(f"{args.config} is what it was", highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_refused(wish: DomainWish, error: JobsFailed) -> bool:

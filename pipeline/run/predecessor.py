@@ -12,10 +12,12 @@ from ..store.address import job_of
 from ..store.artifacts import Store
 from ..store.removed import Removed, note_removed, removed
 from ..store.roots import Root, readable_roots
+from .leftovers import anything_at
 from .reach import as_given, root_of
-from .stages import RUN, STAGES, Addresses, is_report
+from .stages import STAGES, Addresses, is_report
 
 EXPERTS = "train_experts"  # the stage whose results can leave a run
+OF_DOMAINS = ("preprocess", "lr_experts", EXPERTS)  # those with a job for each domain
 
 
 def predecessors(store: Store, name: str, file: str, but: str = "") -> list[Root]:
@@ -43,16 +45,15 @@ def reported(roots: list[Root], store: Store) -> str:
 def note_gone(
     domain: str, before: RunConfig, after: RunConfig, file: Path | str, store: Store
 ) -> Removed:
-    """Write down that an expert was taken out of a run, with what was made of it alone. Raises
-    DiskFull, OSError."""
+    """Write down that an expert was taken out of a run, with what was made of it alone, by former
+    runs of the same name and configuration too. Raises DiskFull, OSError, UnreadableFile."""
+    named = as_given(file)
+    had = set(Addresses(before).reachable())
+    for root in predecessors(store, before.name, named):
+        had.update(root.addresses)
     kept = set(Addresses(after).reachable())
-    gone = []
-    for stage in RUN:
-        for _, item, address in Addresses(before).jobs(stage):
-            # The text of one that the trunk has learned from stays
-            if item == domain and address not in kept and store.has(address):
-                gone.append(address)
-    return note_removed(store, domain, before.name, as_given(file), tuple(gone))
+    addresses = _of_domain(domain, had - kept, store)
+    return note_removed(store, domain, before.name, named, addresses)
 
 
 def note_since(
@@ -70,11 +71,12 @@ def note_all_gone(
     """Write down which experts former runs had, the last one first, that another one has no more,
     each once since a run had it. `own` is the root of that other. Raises DiskFull, OSError,
     UnreadableFile."""
-    noted = {}
+    noted: dict[str, str] = {}
     for gone in removed(store)[0]:
         if (gone.run, gone.file) == (own.name, own.file):
             noted[gone.domain] = max(gone.at, noted.get(gone.domain, ""))
-    kept = set(Addresses(after).reachable())
+    had = {address for root in before for address in root.addresses}
+    had -= set(Addresses(after).reachable())
     # What is there is no loss, and of what is not there the last one that had it tells
     seen = set(after.experts)
     notes = []
@@ -83,7 +85,7 @@ def note_all_gone(
             continue
         for domain in _begun(root, seen, store):
             if noted.get(domain, "") < root.at:
-                addresses = _of_domain(root, domain, kept, store)
+                addresses = _of_domain(domain, had, store)
                 notes.append(note_removed(store, domain, root.name, root.file, addresses))
             seen.add(domain)
     return notes
@@ -92,20 +94,25 @@ def note_all_gone(
 def _begun(root: Root, but: Collection[str], store: Store) -> list[str]:
     """Return whose experts a run has or has begun, less those named: one whose text was refused, or
     that was stopped before, has left nothing that could be gone."""
-    found = {}
+    found: dict[str, None] = {}
     for address in root.addresses:
         stage, item = job_of(address)
-        if stage == EXPERTS and item is not None and item not in but:
-            begun = store.resume(address).exists() or store.history(address).exists()
-            if begun or store.has(address):
-                found[item] = None
+        if (
+            stage == EXPERTS
+            and item is not None
+            and item not in but
+            and anything_at(store, address)
+        ):
+            found[item] = None
     return list(found)
 
 
-def _of_domain(root: Root, domain: str, kept: Collection[str], store: Store) -> tuple[str, ...]:
-    """Return what a run has in the store of a domain alone."""
+def _of_domain(domain: str, had: Collection[str], store: Store) -> tuple[str, ...]:
+    """Return what of some addresses is of a domain alone and in the store, also what is begun."""
     found = []
-    for address in root.addresses:
-        if job_of(address)[1] == domain and address not in kept and store.has(address):
+    for address in sorted(had):
+        stage, item = job_of(address)
+        # A dense model may be called as a domain is
+        if stage in OF_DOMAINS and item == domain and anything_at(store, address):
             found.append(address)
     return tuple(found)

@@ -25,7 +25,8 @@ class Removed:
     run: str  # name of the run
     file: str  # the configuration that it was taken out of
     at: str  # ISO 8601
-    addresses: tuple[str, ...]  # what was made of it alone, as far as it was in the store
+    # what was made of it alone, as far as it was in the store or was begun
+    addresses: tuple[str, ...]
 
 
 def note_removed(
@@ -72,6 +73,10 @@ def _read(path: Path) -> Removed:
 
 def told_removed(gone: Removed, store: Store) -> str:
     """Return a sentence about an expert that was taken out."""
-    there = [address for address in gone.addresses if store.has(address)]
+    there = []
+    for address in gone.addresses:
+        # Checkpoints have learned from its text too
+        if store.folder(address).exists() or store.resume(address).exists():
+            there.append(address)
     files = f"; still in {store.root}: {', '.join(there)}" if there else ""
     return f"removed: {gone.domain} at {gone.at} from {gone.run} ({gone.file}){files}"
