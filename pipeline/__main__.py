@@ -285,6 +285,7 @@ def _export(args: argparse.Namespace, wish: ExportWish, cfg: RunConfig, store: S
 
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     from .run.backend import Local
+    from .run.dry_run import refuse_lacking
     from .run.reach import working
 
     if args.command == "run":
@@ -296,6 +297,7 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
         args.next = next_step.same(args, "plan")
         return
     cfg = _looked_at(args, cfg, store, makes=True)
+    refuse_lacking(cfg, store, wanted)
     backend = Local(store, parallel=getattr(args, "parallel", 1))
     # Between two of its jobs nothing else says that what is there is needed
     with working(store, cfg, args.config, _overrides(args)):

@@ -42,6 +42,7 @@ class Looked:
 
     print: str
     seen: tuple[Seen, ...]
+    lacks: str = ""  # why a job could do nothing with it, as far as a look tells
 
     @classmethod
     def of(cls, seen: Iterable[Seen]) -> Self:

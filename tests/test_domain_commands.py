@@ -100,7 +100,13 @@ def test_what_is_missing_after_a_failure_is_made_by_run(run, monkeypatch):
 
 def test_text_that_cannot_be_read_leaves_the_file_as_it_was(run):
     text = run.path.read_text("utf-8")
-    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    few = run.path.parent / "few.jsonl"
+    few.write_text('{"text": "one"}\n', "utf-8")
+    told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    # A look tells already that it has no document
+    assert "cannot start as it is" in told and "no usable document in data.files" in told
+    assert run.path.read_text("utf-8") == text
+    few.write_text('{"text": "the one document that there is"}\n', "utf-8")
     told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
     assert f"preprocess {GUEST}: failed" in told
     assert "tiny/tiny.yaml is what it was" in told and "is changed already" not in told

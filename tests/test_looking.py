@@ -257,7 +257,7 @@ def test_a_file_that_holds_nothing_any_more_is_not_gone_and_is_named(made, capsy
     typed = ("--config", str(path), "--store", str(store.root))
     assert main(["tokenizer", *typed]) == 0 and main(["preprocess", *typed]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "preprocess hall: failed: no usable document in data.files, 1 seen: 1 empty" in said
+    assert "preprocess hall: no usable document in data.files, 1 seen: 1 empty" in said
 
 
 def test_frozen_says_so_where_what_was_made_is_gone_too(made):

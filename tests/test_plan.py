@@ -159,6 +159,43 @@ def test_what_is_not_there_is_told(runs, tmp_path, capsys, kind, change, what, t
             assert list((tmp_path / "made").glob("artifacts/*")) == []
 
 
+LACKING = {
+    "a label that no document has": (
+        ["partition.domains=[sea,moon]"],
+        ["preprocess moon: partition.domains names moon, and no document has that label"],
+    ),
+    "no such column of labels": (
+        ["data.label_field=kind"],
+        ["preprocess sea, preprocess shop: no usable", "20 no label", "kind is None; the columns"],
+    ),
+    "no such column of text": (
+        ["data.text_field=body"],
+        ["preprocess sea, preprocess shop: no usable", "20 no text", "body is missing; the"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), LACKING.values(), ids=LACKING)
+def test_a_domain_without_a_document_is_told_before_any_stage(tmp_path, capsys, changes, told):
+    """Also by `run`: else other domains' tokens, and a tokenizer, would be made first."""
+    path = tiny_config(tmp_path / "text")
+    rows = []
+    for name in ("sea", "shop"):
+        for line in (path.parent / f"{name}.jsonl").read_text("utf-8").splitlines():
+            rows.append(json.dumps(json.loads(line) | {"domain": name}))
+    (path.parent / "all.jsonl").write_text("\n".join(rows), "utf-8")
+    labelled = ["data.files=[{paths: [all.jsonl]}]", "partition.domains=[sea,shop]"]
+    assert planned(path, tmp_path / "store", capsys, *labelled)[0] == 0
+    code, _, errors = planned(path, tmp_path / "store", capsys, *labelled, *changes)
+    assert code == 2 and "cannot start" in errors and all(each in errors for each in told)
+    typed = [word for each in (*labelled, *changes) for word in ("--override", each)]
+    store = tmp_path / "made"
+    assert main(["run", "--config", str(path), "--store", str(store), *typed]) == 2
+    errors = capsys.readouterr().err
+    assert "cannot start" in errors and all(each in errors for each in told)
+    assert list(store.glob("artifacts/*")) == []
+
+
 def test_what_is_done_reads_nothing_any_more(finished, tmp_path, capsys):
     path, store = finished
     texts = [path.parent / f"{name}.jsonl" for name in WORDS]

@@ -27,7 +27,7 @@ from ..store.model_sources import on_this_machine
 from ..store.removed import removed, told_removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
-from .identity import FROZEN, since_made
+from .identity import FROZEN, lacking, since_made
 from .speeds import Speed, alike, bundle_rates, of_this_machine, typical
 from .stages import RUN, Addresses, label
 
@@ -142,12 +142,28 @@ def refuse(
         if entry.state in DONE:
             continue
         row = cfg.stages[stage]
-        here = (_not_writable(store), _not_there(cfg, row, item), _not_heard(cfg, row))
+        here = (
+            *(_not_writable(store), _not_there(cfg, row, item), lacking(cfg, stage, item)),
+            _not_heard(cfg, row),
+        )
         for error in filter(None, (entry.refused, *here)):
             found.append((error, entry.name))
     whole: list[Cause] = [] if unfit is None else [(unfit, [])]
     if whole or found:
         raise CannotStart(STUCK, causes=whole + causes(found))
+
+
+def refuse_lacking(cfg: RunConfig, store: Store, stages: Iterable[str]) -> None:
+    """Raise CannotStart when a job of some stages that is to be done could do nothing with what was
+    looked at: before those that could, and what is trained on them, take their time."""
+    found = []
+    for stage in stages:
+        for _, item, address in Addresses(cfg).jobs(stage):
+            error = None if store.has(address) else lacking(cfg, stage, item)
+            if error:
+                found.append((error, label(stage, item)))
+    if found:
+        raise CannotStart(STUCK, causes=causes(found))
 
 
 def causes(found: Iterable[tuple[PipelineError, str]]) -> list[Cause]:

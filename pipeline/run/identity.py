@@ -23,6 +23,8 @@ from .changes import changes
 FROZEN = "--frozen goes on with what was read then"
 # What this process has looked at, by its print: for who tells of it later
 _seen: dict[str, Looked] = {}
+# Why jobs could do nothing with it, by their recipes: of nothing that was seen there is no print
+_lacks: dict[str, str] = {}
 
 
 def identified(cfg: RunConfig) -> RunConfig:
@@ -100,6 +102,8 @@ def look_at(
         if (stage, item) in leave_out:
             continue
         looked = cfg.look(stage, item, eye)
+        if looked is not None:
+            _lacks[recipe(cfg, stage, item)] = looked.lacks
         # What the settings pin themselves, as a Hub's commit does, leaves nothing to be seen
         if looked is not None and looked.seen:
             found[stage, item] = looked
@@ -184,6 +188,12 @@ def changed(cfg: RunConfig, store: Store, address: Callable[[str, str | None], s
     return list(dict.fromkeys(told))
 
 
+def lacking(cfg: RunConfig, stage: str, item: str | None) -> DataError | None:
+    """Return the error for a job that could do nothing with what this process has looked at."""
+    lacks = _lacks.get(recipe(cfg, stage, item))
+    return DataError(lacks) if lacks else None
+
+
 def not_there(before: RunConfig, after: RunConfig, store: Store) -> list[str]:
     """Return in clauses what a run reads that another one does not, and that is not there or cannot
     be read; both have been looked at."""
@@ -195,6 +205,9 @@ def not_there(before: RunConfig, after: RunConfig, store: Store) -> list[str]:
         for each in found.seen if found else ():
             if each.sum in ODD:
                 told.append(f"{each.setting}: {each.name} {ODD[each.sum]}")
+        lacks = lacking(after, *job)
+        if lacks and not lacking(before, *job):
+            told.append(str(lacks))
     return list(dict.fromkeys(told))
 
 

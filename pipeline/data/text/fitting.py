@@ -5,6 +5,9 @@ Invariant: memory holds samples and keys, never the corpus.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from ...errors import DataError
 from ...protocols import Progress
 from ...store.reading import reading
 from ...store.room import writing
+from ..sources import FoundRow, SourceFile
+from ..sources.columns import listed
+from ..sources.text import sources
 from . import partition
 from . import tokenizer as tokenizers
-from .documents import Document, documents, drop_stats
+from .documents import Document, documents, documents_of, drop_stats
 from .encode import all_cores, changed, grouped
 from .held_out import HeldOut
 from .partition import Domains
@@ -31,6 +37,9 @@ _SPLITS = "splits.safetensors"
 _NUMBER = np.dtype("<u2")
 _SPARE = 1.2  # sampled over what is wanted, because chance may hold out more than its share
 _PROGRESS_EVERY = 2000  # documents
+# Of a domain without a document, to tell why
+_TRIED_FILES = 3
+_TRIED_ROWS = 20
 Texts = dict[str, list[str]]  # by domain
 
 
@@ -192,7 +201,50 @@ def _told(found: Iterable[Document], progress: Progress) -> Iterator[Document]:
 
 def no_documents(cfg: TextRunConfig, seen: int, why: str) -> DataError:
     """Return the error for sources without a document."""
+    fields = "data.text_field"
+    if cfg.partition.by == "labels":
+        fields += ", data.label_field"
     return DataError(
         f"no usable document in data.{cfg.data.source}, {seen} seen: {why}; check the paths, "
-        "data.text_field and data.min_document_bytes"
+        f"{fields} and data.min_document_bytes"
     )
+
+
+def nothing_labelled(cfg: TextRunConfig, survey: Survey, domain: str) -> DataError | None:
+    """Return the error for a domain whose label no document has, while others have labels; None
+    where labels do not tell why it has none."""
+    labels = survey.labels
+    is_named = any(file.label == domain for file in survey.files)
+    if is_named or not (labels or survey.others):
+        return None
+    labels += [label for label, _ in survey.others.most_common(20)]
+    return DataError(
+        f"partition.domains names {domain}, and no document has that label; "
+        f"data.label_field ({cfg.data.label_field}) holds {listed(labels)}. Correct "
+        "partition.domains, or say under partition.labels which labels a domain has"
+    )
+
+
+def nothing_found(cfg: TextRunConfig, survey: Survey, domain: str) -> DataError | None:
+    """Return why a job of a domain will have no document, as far as a survey and the first rows of
+    files here tell; None where it has some, or what is far away may hold them."""
+    own = [file for file in survey.files if survey.is_of(file, domain)]
+    if survey.count(domain) or any(file.unread and file.may_hold(domain) for file in survey.files):
+        return None
+    error = nothing_labelled(cfg, survey, domain)
+    if error or any(not each.seen for each in own):
+        return error
+    stats = drop_stats()
+    wanted = {file.place for file in own[:_TRIED_FILES]}
+    for source, (label, files) in enumerate(sources(cfg)):
+        for number, file in enumerate(files):
+            if (source, number) not in wanted or file.is_remote:
+                continue
+            first = replace(file, rows=partial(_first_rows, file))
+            for _ in documents_of(cfg, stats, Counter(), first, label):
+                pass
+    return no_documents(cfg, stats.seen, stats.explain()) if stats.seen else None
+
+
+def _first_rows(file: SourceFile) -> Iterator[FoundRow]:
+    return islice(file.rows(), _TRIED_ROWS)

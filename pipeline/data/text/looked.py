@@ -14,6 +14,7 @@ from ...errors import DataError
 from ...protocols import Eye, Looked, Seen
 from ..sources import text
 from . import pretrained_tokenizer
+from .fitting import nothing_found
 from .held_out import HeldOut
 from .survey import Survey, survey
 
@@ -42,7 +43,9 @@ def look_at_domain(cfg: TextRunConfig, domain: str, eye: Eye) -> Looked:
         return found
     if cfg.partition.by != "labels":
         return Looked(found.survey.print_of(None), _seen(found.survey))
-    return Looked(found.print_of(domain), _seen(found.survey, (domain,)))
+    lacks = nothing_found(cfg, found.survey, domain)
+    told = "" if lacks is None else str(lacks)
+    return Looked(found.print_of(domain), _seen(found.survey, (domain,)), told)
 
 
 class _Prints:

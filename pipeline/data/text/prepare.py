@@ -15,11 +15,10 @@ from ...errors import DataError
 from ...protocols import Progress, quiet
 from ...store.artifacts import write_text
 from ..drop_stats import DropStats
-from ..sources.columns import listed
 from . import tokenizer as tokenizers
 from .documents import SPLITS, Document, documents, drop_stats
 from .encode import TRIED, Encoder, changed, finalize
-from .fitting import assigned, fit, fitted_splits, no_documents
+from .fitting import assigned, fit, fitted_splits, no_documents, nothing_labelled
 from .held_out import HeldOut
 from .splits import Sample, too_few
 from .survey import Print, Survey
@@ -121,14 +120,5 @@ class _Reading:
 
     def _nothing(self) -> DataError:
         """Return the error for a domain without a document."""
-        labels = self.survey.labels
-        others = self.survey.others
-        is_named = any(file.label == self.domain for file in self.survey.files)
-        if is_named or not (labels or others):
-            return no_documents(self.cfg, self.stats.seen, self.stats.explain())
-        labels += [label for label, _ in others.most_common(20)]
-        return DataError(
-            f"partition.domains names {self.domain}, and no document has that label; "
-            f"data.label_field ({self.cfg.data.label_field}) holds {listed(labels)}. Correct "
-            "partition.domains, or say under partition.labels which labels a domain has"
-        )
+        told = nothing_labelled(self.cfg, self.survey, self.domain)
+        return told or no_documents(self.cfg, self.stats.seen, self.stats.explain())
