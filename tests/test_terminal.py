@@ -337,6 +337,44 @@ def test_a_picture_that_cannot_be_shown_keeps_no_question_from_being_put(folder,
     assert answered == f"{SAID}\n" and len(engine.asked) == len(said) - 1 == 1
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        '"{}/a b.png"',
+        "'{}/a b.png'",
+        "{}/a\\ b.png",
+        "{}/a b.png",
+        "~/a\\ b.png",
+        '"~/a b.png"',
+        "~/a b.png",
+        "{}/it's.png",
+        '"{}/it\'s.png"',
+        '{}/"q".png',
+    ],
+)
+def test_pictures_are_named_as_in_a_shell(folder, tmp_path, monkeypatch, typed):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a b.png", "it's.png", '"q".png'):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    # Which nobody of this bundle looks at, once it has been read
+    _, _, said = talk(folder, [f"/image {typed.format(tmp_path)}"])
+    assert "is a language model and reads no pictures" in said[0], said
+    assert said[0].startswith(f"{tmp_path}/")
+
+
+def test_several_pictures_are_named_at_once_and_a_name_without_quotes_is_told_whole(
+    folder, tmp_path, monkeypatch
+):
+    for name in ("a b.png", "c.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    monkeypatch.setattr(OpenBundle, "question", lambda *_: None)
+    lines = [f"/image '{tmp_path}/a b.png' {tmp_path}/c.png", "/image no such.png", '/image "a']
+    _, _, said = talk(folder, lines)
+    assert said[0] == "pictures of the next question: 2"
+    assert said[1].startswith("no such.png cannot be read")
+    assert said[2].startswith('"a cannot be read')
+
+
 def test_names_and_bytes_that_nothing_has_are_told_and_end_no_chat(folder):
     lines = ["/image ~nobody-has-this/a.png", "/image a\0b", "n\udcffo", "there"]
     engine, answered, said = talk(folder, lines)

@@ -2,6 +2,7 @@
 chat itself."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -104,22 +105,43 @@ class Conversation:
         self.reader = name
         self.say(f"{name} answers from now on")
 
-    def _show(self, path: str) -> None:
-        if not path:
+    def _show(self, typed: str) -> None:
+        if not typed:
             self.say("name a picture's file, as in /image photo.jpg")
             return
-        try:
-            file = Path(path).expanduser()
-        except RuntimeError:
-            raise DataError(f"{path} cannot be read: there is no such home") from None
-        shown = (*self.pictures, *data_urls([file]))
-        try:
-            # One that cannot be read would keep every question from being put
-            self.bundle.question([*self.turns, Turn("user", "?", shown)], self.reader)
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
+        shown = self.pictures
+        for file in _named(typed):
+            shown = (*shown, *data_urls([file]))
+            try:
+                # One that cannot be read would keep every question from being put
+                self.bundle.question([*self.turns, Turn("user", "?", shown)], self.reader)
+            except DataError as error:
+                raise DataError(f"{file}: {error}") from None
         self.pictures = shown
         self.say(f"pictures of the next question: {len(self.pictures)}")
+
+
+def _named(typed: str) -> list[Path]:
+    """Return the files that are named as in a shell: in quotes, with blanks escaped, from ~ on. A
+    name that there is as it is typed is that file. Raises DataError."""
+    if Path(typed).exists():
+        return [Path(typed)]
+    whole = _from_home(typed)
+    try:
+        words = [_from_home(word) for word in shlex.split(typed)]
+    except ValueError:
+        # A quote that is not closed is a letter of a name
+        return [whole]
+    # A name with blanks that nobody has quoted is told as it was typed
+    is_shell_s = len(words) == 1 or all(word.exists() for word in words)
+    return words if is_shell_s and not whole.exists() else [whole]
+
+
+def _from_home(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path} cannot be read: there is no such home") from None
 
 
 def chat(
