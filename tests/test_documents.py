@@ -112,6 +112,7 @@ def test_a_file_larger_than_memory_allows_reads_as_a_small_one_does(tmp_path, mo
     path.write_bytes(b"good text " * 300_000 + b"\xff")
     found, stats = read(config(path, domain="a", what="file", max_bad_share=1))
     assert not found and stats.counts == {"not UTF-8": 1}
+    assert "set encoding beside paths" in stats.examples["not UTF-8"][0]
 
 
 def test_keys_ignore_white_space_and_depend_on_the_seed():

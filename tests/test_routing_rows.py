@@ -250,6 +250,9 @@ def test_a_line_that_is_not_json_and_a_file_that_is_not_there_are_named(tmp_path
     (tmp_path / "n.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
     with pytest.raises(DataError, match=r"n.jsonl:2: not JSON of UTF-8 text"):
         generate(settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat")]), {}, tmp_path)
+    (tmp_path / "n.jsonl").write_text('{"prompt": "K\u00e4se"}\n', "latin-1")
+    with pytest.raises(DataError, match=r"n.jsonl:1: not UTF-8 at byte 13; write .*`iconv -f"):
+        generate(settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat")]), {}, tmp_path)
     with pytest.raises(DataError, match=r"dataset.sources.0 \(chat\): .*gone.jsonl cannot be read"):
         generate(
             settings(("chat",), sources=[source(tmp_path / "gone.jsonl", "chat")]), {}, tmp_path

@@ -272,8 +272,14 @@ def test_an_empty_answer_and_a_table_in_another_encoding_are_called_so(tmp_path,
     table = tmp_path / "data/rows.csv"
     lines = [f"{row['image']},{row['prompt']},K\u00e4se" for row in rows]
     table.write_text("\n".join(["image,prompt,answer", *lines]), "latin-1")
-    with pytest.raises(DataError, match="12 not UTF-8 .*byte 0xE4 after .*K'; save the file as"):
+    with pytest.raises(DataError, match="12 not UTF-8 .*byte 0xE4 after .*K'; write the file as"):
         prepared(tmp_path, entry(jsonl(table)), "table")
+    (tmp_path / "data/old.jsonl").write_text('{"prompt": "K\u00e4se"}\n', "latin-1")
+    told = (
+        r"not UTF-8 \(old\.jsonl:1: byte 13; write the file as UTF-8 .*`iconv -f cp1252 -t UTF-8`"
+    )
+    with pytest.raises(DataError, match=told):
+        prepared(tmp_path, entry(jsonl(tmp_path / "data/old.jsonl")), "lines")
 
 
 def test_a_folder_of_images_with_text_or_json_beside_them(tmp_path):

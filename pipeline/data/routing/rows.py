@@ -18,6 +18,7 @@ from ...errors import DataError
 from ..drop_stats import Dropped, DropStats, shortened
 from ..images import images
 from ..images.inline import path_in
+from ..sources import AS_UTF8
 from ..sources.columns import column_of_pictures, split_named, value_at
 from ..sources.file_kinds import is_odd
 from ..sources.packed import SUFFIXES as PACKED
@@ -186,6 +187,8 @@ def _parsed(line: bytes) -> dict:
         # Half of a surrogate pair is JSON and no text; it can only be written as an escape.
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise Dropped("not UTF-8", f"not UTF-8 at byte {error.start}; {AS_UTF8}") from None
     except (ValueError, RecursionError) as error:
         raise Dropped(
             "not JSON",

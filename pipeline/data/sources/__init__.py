@@ -14,6 +14,8 @@ from ...protocols import Eye, Seen
 
 # The end of what is told of bytes that are not UTF-8
 ENCODING = "set encoding beside paths where it is another"
+# The same where no setting says how text is encoded
+AS_UTF8 = "write the file as UTF-8 (one of cp1252 by `iconv -f cp1252 -t UTF-8`)"
 Row = dict[str, Any]  # column -> value
 
 

@@ -9,7 +9,7 @@ from ...config.task_data import TaskDataConfig
 from ...errors import DataError
 from ...store.looking import folders_below
 from ..images.formats import SUFFIXES, UNREAD_SUFFIXES
-from . import SkippedRow, sidecars, task_files
+from . import AS_UTF8, SkippedRow, sidecars, task_files
 from .columns import split_named
 from .json_rows import json_row
 from .task_streams import (
@@ -197,7 +197,7 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            detail = f"{beside.name}: byte {error.start}: {error.reason}; save it as UTF-8"
+            detail = f"{beside.name}: byte {error.start}: {error.reason}; {AS_UTF8}"
             return SkippedRow("not UTF-8", detail)
         given = sidecars.columns(beside.name, text)
         return given if isinstance(given, SkippedRow) else row | given

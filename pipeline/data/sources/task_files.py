@@ -10,7 +10,7 @@ from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
-from . import Note, SkippedRow
+from . import AS_UTF8, Note, SkippedRow
 from .columns import brief, split_named
 from .csv_rows import csv_rows
 from .file_kinds import is_odd
@@ -112,6 +112,8 @@ def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterato
         for place, row in found:
             if moves and isinstance(row, dict):
                 row = _placed(row, file.parent, base, data)
+            if isinstance(row, SkippedRow) and row.reason == "not UTF-8":
+                row = SkippedRow(row.reason, f"{row.detail}; {AS_UTF8}")
             if not isinstance(row, Note):
                 yield place.replace(path, where), row
     except (DataError, OSError) as error:

@@ -17,6 +17,7 @@ from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
 from ..images.images import ImageSource, StoredImage
 from ..images.near_duplicates import look
+from ..sources import AS_UTF8
 from ..sources.columns import is_blank, is_missing, structured, value_at
 from ..sources.tasks import Record, column, dataset_name, root
 from . import markup, right_answers
@@ -415,9 +416,7 @@ def _unwritable(error: UnicodeEncodeError) -> Dropped:
     # What a table is read with keeps bytes of other encodings as these.
     if 0xDC80 <= code <= 0xDCFF:
         before = error.object[max(0, error.start - _SHOWN_BEFORE) : error.start]
-        return Dropped(
-            "not UTF-8", f"byte 0x{code - 0xDC00:02X} after {before!r}; save the file as UTF-8"
-        )
+        return Dropped("not UTF-8", f"byte 0x{code - 0xDC00:02X} after {before!r}; {AS_UTF8}")
     # JSON can spell it.
     return Dropped("not Unicode", f"half of a surrogate pair: {error.reason}")
 

@@ -299,7 +299,7 @@ class _Reader:
             try:
                 key, digest = self._hashes_of_blocks(text)
             except UnicodeDecodeError as error:
-                self.stats.drop("not UTF-8", where, error.reason)
+                self.stats.drop("not UTF-8", where, f"{error.reason}; {ENCODING}")
                 return
             blocks = text.blocks()
         else:
