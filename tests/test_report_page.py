@@ -4,6 +4,7 @@ import copy
 import re
 from html.parser import HTMLParser
 
+import browsing
 import pytest
 from jinja2 import StrictUndefined
 
@@ -23,6 +24,7 @@ from tests.small_reports import (
 )
 from tests.test_report_terminal import printed
 
+browser = browsing.browser  # a fixture
 VOID = {"meta", "img"}  # elements without an end
 
 
@@ -237,3 +239,19 @@ def _contrast(one: str, other: str) -> float:
 
     low, high = sorted((light(one), light(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_figures_of_forty_experts_in_a_layer_stand_beside_each_other(browser):
+    """In a map of a quarter of the page they lay on each other, and nobody could read them."""
+    values = language_values()
+    values["experts"] = [f"expert{i}" for i in range(40)]
+    for part in (values["routing"], *values["routing"]["layers"]):
+        part["share"] = {name: [0.2] * 4 + [0.2 / 36] * 36 for name in part["share"]}
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    tab.set_content(bare(LanguageReport.model_validate(values)))
+    assert tab.locator(".layers td").count() % 40 == 0 < tab.locator(".layers td").count()
+    lying = "cells => cells.filter(cell => cell.scrollWidth > cell.clientWidth).length"
+    assert tab.locator(".layers td").evaluate_all(lying) == 0
+    # What has no room is reached by a scroll of the map and not of the page
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tab.close()

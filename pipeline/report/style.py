@@ -134,6 +134,10 @@ margin-top:1rem}
 text-align:left;writing-mode:vertical-rl;transform:rotate(180deg);vertical-align:middle;
 white-space:nowrap;overflow:hidden;text-overflow:ellipsis;padding:.3rem .1rem}
 .layers thead th:first-child,.layers th[scope=row]{width:30%}
+.layers>.many{grid-column:1/-1}
+.many table{table-layout:auto}
+.layers .many td{min-width:1.7rem!important}
+.layers .many thead th:first-child,.layers .many th[scope=row]{min-width:6rem!important}
 .scale{display:flex;align-items:center;gap:.5rem;color:var(--soft);font-size:.8rem;margin:.6rem 0 0;
 flex-wrap:wrap}
 .ramp{width:150px;height:.8rem;border-radius:3px;border:1px solid var(--rule)}

@@ -111,12 +111,14 @@ any: turn (loss to gain) or up (share). #}
 {% endif %}
 {% endmacro %}
 
-{# Small maps side by side; each drawn as `table` or `heat` draws it. #}
+{# Small maps side by side; each drawn as `table` or `heat` draws it. One of many columns has the
+page's width, in which its figures have room, and what has no room there is reached by a scroll. #}
 {% macro maps(tables, scaled) %}
 {% if tables %}
 <div class="layers">
 {% for drawn in tables %}
-<div><h3>{{ drawn.title }}</h3>{{ heat(drawn, "up") if scaled else table(drawn, "up") }}</div>
+<div{{ {"class": "many" if drawn.columns|length > 8 else none}|xmlattr }}>
+<h3>{{ drawn.title }}</h3>{{ heat(drawn, "up") if scaled else table(drawn, "up") }}</div>
 {% endfor %}
 </div>
 {% endif %}
