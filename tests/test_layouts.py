@@ -361,6 +361,59 @@ def test_a_prompt_of_turns_is_a_chat_and_no_text(tmp_path, data, form):
     assert found["r3"].prompt == "what is 3?" and len(found["r3"].images) == 1
 
 
+@pytest.mark.parametrize("form", ["turns", "turns as JSON", "one turn", "under another name"])
+def test_an_answer_of_turns_is_what_the_assistant_says(tmp_path, data, form):
+    """Beside a plain prompt it was learned as JSON, with its brackets."""
+    made, fields = [], {}
+    for each in rows():
+        turn = {"role": "assistant", "content": each.pop("answer")}
+        each["answer"] = {"one turn": turn, "turns as JSON": json.dumps([turn])}.get(form, [turn])
+        if form == "under another name":
+            each["chosen"], fields = each.pop("answer"), {"answer": "chosen", "prompt": "asked"}
+            each["asked"] = [{"from": "human", "value": each.pop("prompt")}]
+        made.append(each)
+    source = jsonl(write_rows(data / "rows.jsonl", made), fields=fields)
+    _, found, report = prepared(tmp_path, entry(source))
+    assert answers(found) == ALL and report["dropped"] == {}
+    assert found["r3"].prompt == "what is 3?"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ([("human", "what?"), ("gpt", "it is")], "turns of user, assistant stand"),
+        ([("gpt", "it is"), ("gpt", "it is")], "turns of assistant, assistant stand"),
+        ([("human", "it is")], "turns of user stand"),
+    ],
+)
+def test_an_answer_of_other_turns_costs_its_row(tmp_path, data, answer, told):
+    """Of questions and answers in a list all would have counted as right answers."""
+    made = rows()
+    made[3]["answer"] = [{"from": speaker, "value": text} for speaker, text in answer]
+    source = jsonl(write_rows(data / "rows.jsonl", made), max_bad_share=0.2)
+    _, found, report = prepared(tmp_path, entry(source))
+    assert report["dropped"] == {"turns in a text": 1} and "r3" not in found
+    assert f"rows.jsonl:4: {told} where a text of assistant" in str(report["examples"])
+
+
+def test_an_answer_of_json_that_is_no_turn_stays_as_it_is(tmp_path, data):
+    made = rows()
+    for each in made:
+        each["answer"] = '[{"role":  "manager", "content": "all"}]'
+    _, found, report = prepared(tmp_path, entry(jsonl(write_rows(data / "rows.jsonl", made))))
+    assert answers(found) == {made[0]["answer"]} and report["dropped"] == {}
+
+
+@pytest.mark.parametrize("text", ["<img>{}</img>", "Picture 1: <img>{}</img>\nwhat is it?"])
+def test_a_picture_that_only_the_prompt_names_is_told_by_its_path(tmp_path, data, text):
+    made = rows()
+    for each in made:
+        each["prompt"] = text.format(each.pop("image"))
+    told = r"none in column 'image', and the prompt names one, '0\.png'; write its path"
+    with pytest.raises(DataError, match=told):
+        prepared(tmp_path, entry(jsonl(write_rows(data / "rows.jsonl", made))))
+
+
 def test_ids_of_coco_match_as_text_and_annotations_of_no_picture_are_told(tmp_path, data):
     """Numbers in one list and digits in the other matched nothing; others were left out unsaid."""
     made = {

@@ -78,6 +78,34 @@ def of_prompt(columns: dict) -> dict:
     return row | {"messages": [*asked, *said]}
 
 
+def said_by(speaker: str, value: object) -> object:
+    """Return what a speaker says in a turn of his own, as TRL writes completions, where a value is
+    that; a value that is no turns as it is. Raises Dropped for other turns than one of his, which
+    would be learned with all their names and brackets."""
+    value = structured(value)
+    turns = list(value) if isinstance(value, list | tuple) else [value]
+    speakers = [_speaker(turn) for turn in turns]
+    if not speakers or None in speakers:
+        return value
+    ((_, content),) = _said(turns[0])
+    text, pictures = _parts(content)
+    if speakers != [speaker] or pictures:
+        raise Dropped(
+            "turns in a text",
+            f"turns of {', '.join(filter(None, speakers))} stand where a text of {speaker} should; "
+            "write that alone, or the whole chat as messages",
+        )
+    return text
+
+
+def _speaker(turn: object) -> str | None:
+    """Return who speaks in a turn; None for what is none."""
+    for who, what in _KEYS:
+        if isinstance(turn, dict) and who in turn and what in turn:
+            return _SPEAKERS.get(str(turn[who]).lower())
+    return None
+
+
 def _is_turn(value: object) -> bool:
     return isinstance(value, dict) and any(who in value and what in value for who, what in _KEYS)
 

@@ -20,6 +20,7 @@ from ...errors import DataError
 from ..images import images
 from ..images.images import ImageSource
 from ..images.inline import bytes_in, is_address, path_in
+from ..tasks.markup import picture_named
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
 from .columns import (
@@ -179,6 +180,12 @@ def _images(columns: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
             raise ValueError(
                 f"none in column {data.image_field!r}, and {other} names one; set "
                 "dataset.image_field to it"
+            )
+        named = picture_named(column(columns, "prompt", data))
+        if named is not None:
+            raise ValueError(
+                f"none in column {data.image_field!r}, and the prompt names one, {named!r}; write "
+                f"its path into {data.image_field}"
             )
         raise ValueError(
             f"none in column {data.image_field!r} of {listed(columns)}; set dataset.image_field to "

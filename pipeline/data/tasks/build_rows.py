@@ -19,6 +19,7 @@ from ..images.images import ImageSource, StoredImage
 from ..images.near_duplicates import look
 from ..sources import AS_UTF8
 from ..sources.columns import is_blank, is_missing, structured, value_at
+from ..sources.conversations import said_by
 from ..sources.tasks import Record, column, dataset_name, root
 from . import markup, right_answers
 from .as_trained import strange_about
@@ -249,7 +250,9 @@ class RowBuilder:
         except markup.StrangePlaceholder as error:
             raise Dropped("placeholder without a picture", str(error)) from None
         if not prompt:
-            raise Dropped("empty prompt", f"{text!r} is nothing but placeholders of pictures")
+            raise Dropped(
+                "empty prompt", f"{text!r} only says where pictures are; write what is asked"
+            )
         return prompt, count
 
     def _check_marks(self, prompt: str, answer: str) -> None:
@@ -383,6 +386,10 @@ class RowBuilder:
     def _choose_answer(self, values: dict) -> None:
         """Put one of several right answers under `answer`, and all of them under `answers`."""
         metric = self.entry.metric
+        # Of turns the list of right answers would be what all of them say
+        said = said_by("assistant", values.get("answer"))
+        if isinstance(said, str):
+            values["answer"] = said
         # A list of numbers is a box, and one of texts never is.
         numbers = metric == "count"
         # Of boxes none may be right, of answers a list of nothing says that nobody knows.
@@ -402,7 +409,7 @@ class RowBuilder:
         for literal, name in template_parts(template, what):
             text += literal
             if name is not None:
-                text += _value(name, values)
+                text += _value(name, values, "user" if what == "prompt" else "assistant")
         is_transcript = what == "answer" and self.entry.dataset.ocr
         text = boxes.clean(text) if is_transcript else text.strip()
         if not text:
@@ -428,7 +435,8 @@ def _check_transcript(faults: list[BoxFault]) -> None:
             raise BadBox(f"{fault}; its text would be missing from the transcript")
 
 
-def _value(name: str, values: dict) -> str:
+def _value(name: str, values: dict, speaker: str) -> str:
+    """Return a column's value as text; of a chat's turn what its speaker says. Raises Dropped."""
     if is_missing(values.get(name)):
         if name in values:
             detail = f"its {name} is empty; fill it in, or leave the row out"
@@ -440,6 +448,9 @@ def _value(name: str, values: dict) -> str:
             "see dataset.fields",
         )
     try:
-        return as_text(values[name])
+        value = values[name]
+        said = said_by(speaker, value)
+        # As it was written, where it is JSON of anything else
+        return as_text(said if isinstance(said, str) else value)
     except UnicodeDecodeError as error:
         raise Dropped("not UTF-8", f"{name}: byte {error.start}: {error.reason}") from None

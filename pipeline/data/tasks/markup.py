@@ -75,6 +75,14 @@ def placeholders(prompt: str) -> int:
     return sum(1 for _ in _PLACEHOLDER.finditer(prompt))
 
 
+def picture_named(prompt: object) -> str | None:
+    """Return the path of the first picture that a prompt names in a placeholder, None where it
+    names none."""
+    if not isinstance(prompt, str):
+        return None
+    return next((each["path"] for each in _PLACEHOLDER.finditer(prompt) if each["path"]), None)
+
+
 def without_placeholders(prompt: str, pictures: int) -> tuple[str, int]:
     """Return a prompt without placeholders of its so many pictures, and how many there were. Raises
     StrangePlaceholder for one of a picture that is not there."""
