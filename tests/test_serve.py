@@ -471,6 +471,24 @@ def test_another_model_and_another_address_are_not_found(client):
     refused(client.get("/v1/completions"), 405, "GET /v1/completions is not served here")
 
 
+SLASHES = ["/v1/models/", "/v1//models", "/v1/models//", "/v1/models/tiny/", "/healthz/"]
+
+
+@pytest.mark.parametrize("path", SLASHES)
+def test_surplus_slashes_of_an_address_say_nothing(client, path):
+    """A base_url that ends in one leaves them, and who posts is not to be sent elsewhere."""
+    plain = f"/{'/'.join(filter(None, path.split('/')))}"
+    assert client.get(path, follow_redirects=False).json() == client.get(plain).json()
+    assert client.get(plain).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1//completions"])
+def test_a_body_is_taken_at_an_address_with_surplus_slashes(client, path):
+    body = {"prompt": "the sea", "max_tokens": 1}
+    assert client.post(path, json=body, follow_redirects=False).status_code == 200
+    refused(client.get(path), 405, "GET /v1/completions is not served here")
+
+
 PAGES = ["/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/tiny", "/openapi.json"]
 
 

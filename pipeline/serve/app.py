@@ -2,8 +2,8 @@
 itself.
 
 Invariant: what is served follows from what the bundle says that it serves. A request passes, from
-the outside in: the log, which gives it an id and answers for what fails; whose site it is from;
-its key; whether there is a model; the size and kind of its body.
+the outside in: its address, made plain; the log, which gives it an id and answers for what fails;
+whose site it is from; its key; whether there is a model; the size and kind of its body.
 """
 
 import logging
@@ -32,6 +32,7 @@ from .metrics import Metrics, path_label
 from .playground import add_playground, page_files
 from .refusals import add_error_handlers
 from .same_site import ANY, Hosts, SameSite
+from .slashes import PlainAddresses
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        # The address that it would lead to has the scheme of this side of a proxy.
+        # Answered without (slashes.py)
         redirect_slashes=False,
     )
     gate = Gate()
@@ -118,6 +119,8 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     app.add_middleware(KeyCheck, keys=access.keys, open_paths=open_paths)
     app.add_middleware(SameSite, hosts=access.hosts, origins=access.origins)
     app.add_middleware(RequestLog, told=told, quiet=frozenset(always))
+    # First, as all of these go by the address
+    app.add_middleware(PlainAddresses)
     return app
 
 
