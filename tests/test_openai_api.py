@@ -188,6 +188,8 @@ WRONG = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"n": 17}, "n", "at most 16"),
     ({"n": 0}, "n", "at least 1"),
+    ({"max_tokens": 0}, "max_tokens", "at least 1, or -1 for as many as there is room for"),
+    ({"max_tokens": -2}, "max_tokens", "at least -1"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "tokens' numbers"),
     ({"logit_bias": {"1": 101}}, "logit_bias", "at most 100"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "no token 99999"),
@@ -237,6 +239,9 @@ def test_what_is_asked_for_reaches_the_engine(http, engine):
     assert plain.max_tokens == 64
     assert http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 4096}).status_code == 200
     assert last(engine).sampling.max_tokens == 64
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert http.post(CHAT, json={"messages": MESSAGES, name: -1}).status_code == 200
+        assert last(engine).sampling.max_tokens == 64
 
 
 def test_one_client_s_texts_are_one_client_s(http, engine):

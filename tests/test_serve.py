@@ -172,6 +172,19 @@ def test_an_echo_has_the_probabilities_that_transformers_gives(client, bundled):
     assert answer["usage"]["completion_tokens"] == len(texts)
 
 
+def test_minus_one_is_as_many_tokens_as_there_is_room_for(client):
+    """As llama.cpp and LM Studio have it, whose clients send it unasked."""
+    told = complete(client, max_tokens=-1, ignore_eos=True)["usage"]
+    assert told["total_tokens"] == 32 and told["completion_tokens"] > 16
+    error = refused(
+        client.post("/v1/completions", json={"prompt": "x", "max_tokens": -2}),
+        400,
+        "max_tokens: must be at least -1",
+        "max_tokens",
+    )
+    assert error["type"] == "invalid_request_error"
+
+
 def test_an_echo_needs_no_further_token_and_is_the_same_as_a_stream(client):
     whole = complete(client, max_tokens=0, echo=True, logprobs=2)
     (choice,) = whole["choices"]
@@ -407,7 +420,7 @@ def test_every_request_within_the_limits_is_answered(
     }
     answer = client.post("/v1/completions", json=body)
     if answer.status_code == 400:
-        refused(answer, 400, "context is 32 tokens", "prompt", "context_length_exceeded")
+        refused(answer, 400, "context length is 32 tokens", "prompt", "context_length_exceeded")
     else:
         assert answer.status_code == 200 and not any(
             s in answer.json()["choices"][0]["text"] for s in stop

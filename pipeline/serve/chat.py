@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .answering import answered
 from .answers import ChatChoice, ChatCompletion, ChatDelta, ChatEvent, ChatLogprobs, ChatPart
@@ -17,7 +24,7 @@ from .generation import Piece, Prompt, Sampling
 from .interface import described
 from .messages import Messages
 from .protocol import OnlyFalse, OnlyNone, OnlyText, few, only, read_body
-from .sampling_body import MAX_LIKELIEST, SamplingBody
+from .sampling_body import ALL, MAX_LIKELIEST, SamplingBody
 from .service import Service
 from .told import Telling, chat_logprobs
 
@@ -31,16 +38,25 @@ AnyTier = Annotated[Any, only(None, "auto", "default")]
 CHOSEN_FROM = {"tool_choice": "tools", "function_call": "functions"}
 
 
+def _draws(given: int) -> int:
+    """Return a number of tokens as it came. Raises ValueError for none."""
+    if not given:
+        raise ValueError("must be at least 1, or -1 for as many as there is room for")
+    return given
+
+
+Most = Annotated[int, Field(ge=ALL), AfterValidator(_draws)]
+
+
 class ChatBody(SamplingBody):
     """What /v1/chat/completions takes."""
 
     messages: Messages = Field(description="What was said so far, the last one to be answered")
-    max_tokens: int | None = Field(
-        None, ge=1, description="Tokens to draw at most; above the limit there is, as many as that"
+    max_tokens: Most | None = Field(
+        None,
+        description="Tokens to draw at most; above the limit there is, or -1, as many as that",
     )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The same under its newer name"
-    )
+    max_completion_tokens: Most | None = Field(None, description="The same under its newer name")
     logprobs: bool = Field(False, description="Tell each token's probability")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LIKELIEST, description="Also those of so many likeliest tokens"
@@ -115,7 +131,8 @@ class ChatBody(SamplingBody):
     def most(self) -> int | None:
         """How many tokens may be drawn; None: as many as there is room for."""
         # Clients send the old name, the new one, or both alike.
-        return self.max_completion_tokens or self.max_tokens
+        most = self.max_completion_tokens or self.max_tokens
+        return None if most == ALL else most
 
 
 class ChatForm(Form):

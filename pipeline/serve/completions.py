@@ -21,7 +21,7 @@ from .generation import Piece, Prompt, Sampling
 from .interface import described
 from .protocol import only, read_body
 from .refusals import ApiError
-from .sampling_body import MAX_CHOICES, MAX_LIKELIEST, SamplingBody
+from .sampling_body import ALL, MAX_CHOICES, MAX_LIKELIEST, SamplingBody
 from .service import Service
 from .told import Telling, completion_logprobs
 
@@ -54,7 +54,10 @@ class CompletionBody(SamplingBody):
         BeforeValidator(_prompts),
     ] = Field(description="Text to go on with, or several; an empty one starts a new text")
     max_tokens: int = Field(
-        16, ge=0, description="Tokens to draw at most; none of a text that is echoed alone"
+        16,
+        ge=ALL,
+        description="Tokens to draw at most; none of a text that is echoed alone; -1: as many as "
+        "there is room for",
     )
     logprobs: int | None = Field(
         None,
@@ -149,10 +152,13 @@ def add_completions(app: FastAPI, service: Service) -> None:
             return [_prompt(each, reader, service) for each in body.prompts]
 
         def samplings(prompt: Prompt) -> Iterator[Sampling]:
-            if len(prompt.ids) + body.max_tokens > service.context_tokens:
+            most: int | None = body.max_tokens
+            if body.max_tokens == ALL:
+                most = service.most(prompt, "prompt", None)
+            elif len(prompt.ids) + body.max_tokens > service.context_tokens:
                 raise service.too_long(prompt, "prompt", body.max_tokens)
             drawn = body.samplings(
-                body.max_tokens, service.prompts.temperature, body.logprobs, service.limits.seconds
+                most, service.prompts.temperature, body.logprobs, service.limits.seconds
             )
             return (replace(sampling, echoes=body.echo) for sampling in drawn)
 

@@ -20,6 +20,7 @@ MAX_STOP_CHARACTERS = 200
 MAX_LIKELIEST = 20  # OpenAI's limit of a chat's top_logprobs
 MAX_CHOICES = 16  # each has a row of its own
 SEEDS = 2**64  # that torch takes, from -2**63 on
+ALL = -1  # of max_tokens, as llama.cpp and LM Studio have it: as many as there is room for
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
