@@ -21,6 +21,7 @@ from pipeline.run.arguments import parser
 from pipeline.run.history import listing
 from pipeline.run.history.sparks import BLOCKS, spark
 from pipeline.run.remove_run import remove_runs
+from pipeline.store.artifacts import Store
 from pipeline.store.history import numbers, read
 from pipeline.store.history_db import FILE, history_db
 from pipeline.store.history_schema import SCHEMA
@@ -53,6 +54,17 @@ def next_words(printed):
     words = shlex.split(line)[4:]
     assert Path(parser().parse_args(words).store).is_dir()
     return words[1 : words.index("--store")]
+
+
+def test_results_that_cannot_be_read_are_told_by_their_place(tmp_path, capsys):
+    """Of several sweeps nobody knew whose they are."""
+    Store(tmp_path).open()
+    results = tmp_path / "experiments" / "rates" / "experiment_results.json"
+    results.parent.mkdir(parents=True)
+    for text in ("[", '{"schema_version": 99}'):
+        results.write_text(text, "utf-8")
+        assert main(["history", "list", "--store", str(tmp_path)]) == 0
+        assert "experiments/rates/experiment_results.json" in capsys.readouterr().out
 
 
 def test_list_has_runs_the_latest_first_and_tells_what_is_torn(history, made):

@@ -268,7 +268,10 @@ def known(index: sqlite3.Connection, where: Path) -> Known:
         runs.append(_run(row, [*total, usd.get(row[0])], places))
     runs += [_alone(each) for address, each in places.trainings.items() if address not in reached]
     runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
-    wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
+    wrong = []
+    for path, text in index.execute("SELECT path, wrong FROM files WHERE wrong <> ''"):
+        # What reads results knows no path of theirs
+        wrong.append(text if path in text else f"{path}: {text}")
     commands, paid = index.execute("SELECT count(*), total(usd) FROM commands").fetchone()
     when = by_prices(date for (date,) in index.execute("SELECT DISTINCT prices FROM commands"))
     tried = past_experiments(index)
