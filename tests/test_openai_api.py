@@ -447,6 +447,50 @@ def test_a_chat_is_what_transformers_makes_of_it(http, engine, tmp_path):
     assert list(last(engine).prompt.ids) == wanted
 
 
+# As Qwen3's, Llama 3's and those that mark what an assistant says.
+READS = (
+    "{%- if not date_string is defined -%}{%- set date_string = 'May' -%}{%- endif -%}"
+    "{%- if tools -%}{{ bos_token }}{%- endif -%}{{ date_string }}{%- for turn in messages -%}"
+    "{%- generation -%}{{ turn.content }}{%- endgeneration -%}{%- endfor -%}"
+    "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false -%}"
+    "<think></think>{%- endif -%}"
+)
+
+
+def test_variables_that_the_chat_template_reads_are_given_to_it(tmp_path):
+    engine = FakeEngine()
+
+    def read(**given):
+        body = {"messages": [{"role": "user", "content": "sea"}], "chat_template_kwargs": given}
+        answer = http.post(CHAT, json=body)
+        assert answer.status_code == 200, answer.text
+        return "".join(map(engine.tokenizer.model.decode, ([i] for i in last(engine).prompt.ids)))
+
+    with running(served(tmp_path, engine, READS)) as http:
+        assert read() == "Maysea" == read(enable_thinking=True)
+        assert read(enable_thinking=False) == "Maysea<think></think>"
+        assert read(date_string="June") == "Junesea"
+        # What is a token in a template is a text in what a client sends
+        assert read(date_string="<|endoftext|>") == "<|endoftext|>sea"
+        special = engine.tokenizer.model.token_to_id("<|endoftext|>")
+        assert special not in last(engine).prompt.ids
+        for name in ("enable_thinkin", "tools", "bos_token", "messages", "max_length"):
+            body = {"messages": MESSAGES, "chat_template_kwargs": {name: "x"}}
+            said = f"reads no {name}; it reads date_string, enable_thinking"
+            refused(http.post(CHAT, json=body), 400, said, "chat_template_kwargs")
+        body = {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": [1]}}
+        refused(http.post(CHAT, json=body), 400, "chat_template_kwargs", "chat_template_kwargs")
+
+
+def test_a_template_that_reads_no_variables_is_given_none(http):
+    assert (
+        http.post(CHAT, json={"messages": MESSAGES, "chat_template_kwargs": {}}).status_code == 200
+    )
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}}
+    said = "reads no enable_thinking; it reads none"
+    refused(http.post(CHAT, json=body), 400, said, "chat_template_kwargs")
+
+
 def test_an_answer_that_was_begun_is_gone_on_with(http, engine, tmp_path):
     served(tmp_path, engine)
     stock = AutoTokenizer.from_pretrained(tmp_path)

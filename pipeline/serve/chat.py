@@ -26,6 +26,7 @@ from .messages import Messages
 from .protocol import OnlyFalse, OnlyNone, OnlyText, few, only, read_body
 from .sampling_body import ALL, MAX_LIKELIEST, SamplingBody
 from .service import Service
+from .template_variables import Scalar
 from .told import Telling, chat_logprobs
 
 # What each of these says where it is left out, or what it says where there are no tools.
@@ -68,6 +69,9 @@ class ChatBody(SamplingBody):
         False,
         validate_default=True,
         description="Go on with the last message, which is the assistant's",
+    )
+    chat_template_kwargs: Annotated[dict[str, Scalar], BeforeValidator(few)] | None = Field(
+        None, description="Variables that the model's chat template reads, such as enable_thinking"
     )
     # What a provider may do better for it; nothing here depends on it.
     metadata: Annotated[dict[str, str], BeforeValidator(few)] | None = Field(
@@ -201,13 +205,19 @@ def add_chat(app: FastAPI, service: Service) -> None:
         body = await read_body(request, ChatBody, service.limits.body_bytes)
         reader = service.reader(body.model)
         service.check_bias(body.logit_bias)
+        variables = body.chat_template_kwargs or {}
+        service.check_variables(variables)
         turns = [message.turn() for message in body.messages]
         limit_s = service.limits.seconds
 
         def prompts() -> list[Prompt]:
             # Pictures are opened here, as decoding one takes long enough to hold up the rest.
             prompt = service.prompts.chat(
-                turns, reader, goes_on=body.continue_final_message, seconds=limit_s
+                turns,
+                reader,
+                goes_on=body.continue_final_message,
+                seconds=limit_s,
+                variables=variables,
             )
             return [prompt]
 

@@ -7,8 +7,10 @@ Invariant: no text of a client's yields a special token; in a chat only the temp
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..data.tasks.markup import StrangePlaceholder, without_placeholders
@@ -20,6 +22,9 @@ from .engine import CompletionEngine
 from .generation import Prompt
 from .messages import Turn
 from .pictures import opened
+from .template_variables import Scalar, variables_of
+
+NOTHING_SET: Mapping[str, Scalar] = MappingProxyType({})
 
 
 class NoChat(DataError):
@@ -38,12 +43,23 @@ class Prompts(ABC):
     def text(self, text: str, reader: str | None) -> Prompt:
         """Return a text to go on with. Raises DataError for one that cannot be read."""
 
+    @property
+    @abstractmethod
+    def template_variables(self) -> frozenset[str] | None:
+        """What a request may set of the chat template; None where there is no template."""
+
     @abstractmethod
     def chat(
-        self, turns: Sequence[Turn], reader: str | None, *, goes_on: bool, seconds: float
+        self,
+        turns: Sequence[Turn],
+        reader: str | None,
+        *,
+        goes_on: bool,
+        seconds: float,
+        variables: Mapping[str, Scalar] = NOTHING_SET,
     ) -> Prompt:
         """Return a chat to answer, or, where its last turn goes on, to go on with; its pictures
-        wait for memory no longer than `seconds`.
+        wait for memory no longer than `seconds`. `variables` are those of `template_variables`.
 
         Raises DataError for one that cannot be read, TimeoutError.
         """
@@ -95,8 +111,19 @@ class TextPrompts(Prompts):
         """Return a text to go on with."""
         return Prompt(tuple(self.engine.encode(text)), reader=reader, goes_on=True)
 
+    @cached_property
+    def template_variables(self) -> frozenset[str] | None:
+        """What a request may set of the chat template; None where there is no template."""
+        return variables_of(self._stock) if self.has_template else None
+
     def chat(
-        self, turns: Sequence[Turn], reader: str | None, *, goes_on: bool, seconds: float
+        self,
+        turns: Sequence[Turn],
+        reader: str | None,
+        *,
+        goes_on: bool,
+        seconds: float,
+        variables: Mapping[str, Scalar] = NOTHING_SET,
     ) -> Prompt:
         """Return a chat as the trunk's template writes it. Raises DataError."""
         if not self.has_template:
@@ -116,6 +143,7 @@ class TextPrompts(Prompts):
                     continue_final_message=goes_on,
                     sanitize_control_tokens=True,
                     return_dict=False,
+                    **variables,
                 )
         except Exception as error:  # a template raises what it likes
             raise DataError(f"the model's chat template does not take them: {error}") from None
@@ -160,8 +188,19 @@ class TaskPrompts(Prompts):
         question = self.decode(ids)
         return Prompt(prompt.ids, (), reader, self.engine.stack.routing_ids(question, ()))
 
+    @property
+    def template_variables(self) -> frozenset[str] | None:
+        """Nothing: experts were taught on questions as the template writes them by itself."""
+        return frozenset()
+
     def chat(
-        self, turns: Sequence[Turn], reader: str | None, *, goes_on: bool, seconds: float
+        self,
+        turns: Sequence[Turn],
+        reader: str | None,
+        *,
+        goes_on: bool,
+        seconds: float,
+        variables: Mapping[str, Scalar] = NOTHING_SET,
     ) -> Prompt:
         """Return a chat with its pictures opened; the router reads its last question, with all of
         its pictures. Raises DataError, TimeoutError."""

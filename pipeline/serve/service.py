@@ -28,6 +28,7 @@ from .generation import (
 from .limits import RequestLimits
 from .prompts import NoChat, Prompts
 from .refusals import ApiError
+from .template_variables import Scalar, unread
 from .told import Telling
 from .waiting_line import has_room, most_of_one
 
@@ -177,6 +178,13 @@ class Service:
                 f"{self.prompts.vocab_size} of them",
                 "logit_bias",
             )
+
+    def check_variables(self, given: Mapping[str, Scalar]) -> None:
+        """Raise ApiError for variables that the chat template does not read."""
+        known = self.prompts.template_variables
+        told = "" if known is None else unread(given, known)
+        if told:
+            raise ApiError(400, f"chat_template_kwargs: {told}", "chat_template_kwargs")
 
     def too_long(self, prompt: Prompt, param: str, wanted: int) -> ApiError:
         """Return the error for a prompt that is over the context, with tokens that are wanted."""
