@@ -28,7 +28,13 @@ from pipeline.report.schema.experiments import ExperimentResults, TrialRun
 from pipeline.run import speeds
 from pipeline.run.backend import JobLines, printed_progress
 from pipeline.run.experiments import remaining
-from pipeline.run.experiments.conduct import alike, conduct, write_results
+from pipeline.run.experiments.conduct import (
+    alike,
+    conduct,
+    refuse_others,
+    replaced,
+    write_results,
+)
 from pipeline.run.experiments.criteria import judged
 from pipeline.run.experiments.reading import read_experiments
 from pipeline.run.experiments.results import refuse_failed
@@ -36,7 +42,7 @@ from pipeline.run.experiments.search import Study, TriedTrial, groups
 from pipeline.run.experiments.trials import expanded, listed_trials
 from pipeline.run.job import run_job
 from pipeline.run.stages import STAGES
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import Store, inventory
 from pipeline.store.history import Recorder, read
 from tests.small_experiments import summed
 
@@ -278,6 +284,66 @@ def test_a_sweep_that_is_killed_at_random_repeats_nothing_and_comes_to_the_same(
     before = Counter(finished)
     once_more, _, _ = swept(path, tmp_path / "store", finished)
     assert finished == before and lasting(once_more) == lasting(results)
+
+
+def test_what_no_sweep_has_written_is_not_replaced(sweep, tmp_path):
+    """`--to .` wrote over somebody's report.html, and removed weights that were called as ours."""
+    tried, root, results, trials, _, _ = sweep
+    experiments = read_experiments(tried)
+    refuse_others(tmp_path, experiments)
+    for name in ("report.html", "results.md", "dense/seed-0/mine.bin"):
+        mine = tmp_path / name
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("mine", "utf-8")
+        with pytest.raises(ConfigError, match="is of no experiments and would be replaced"):
+            refuse_others(tmp_path, experiments)
+        told = shlex.join(["experiments", "--config", str(tried), "--store", str(root)])
+        assert main([*shlex.split(told), "--to", str(tmp_path)]) == 2
+        assert mine.read_text("utf-8") == "mine"
+        mine.unlink()
+    mine.parent.rmdir()
+    write_results(results, trials, Store(root), tmp_path, quiet)
+    refuse_others(tmp_path, experiments)
+    assert not replaced(tmp_path, experiments)
+
+
+def test_what_another_sweep_has_left_is_told_before_it_is_replaced_and_beside_what_is_new(
+    sweep, tmp_path
+):
+    """Another file of that name replaced tables and left its dense model beside the new ones."""
+    _, root, results, trials, _, _ = sweep
+    store = Store(root)
+    write_results(results, trials, store, tmp_path / "results", quiet)
+    other = written(tmp_path, trials={"moe": {"makes": "joint moe"}}, grids={}, searches={})
+    told = replaced(tmp_path / "results", read_experiments(other))
+    assert "(dense, broken, given and " in told and "moe" not in told and "--to DIR" in told
+    left = [each for each in results.trials if each.name == "moe"]
+    some = results.model_copy(update={"trials": tuple(left)})
+    again = write_results(some, trials, store, tmp_path / "results", quiet)
+    assert not again.dense_weights
+    assert "dense/seed-1 beside these results is of other experiments." in again.notes
+
+
+def test_a_dense_model_is_replaced_whole_or_not_at_all(sweep, tmp_path, monkeypatch):
+    _, root, results, trials, _, _ = sweep
+    store = Store(root)
+    write_results(results, trials, store, tmp_path, quiet)
+    place = tmp_path / "dense/seed-0"
+    before = inventory(place)
+    assert before
+    (place / "made_from.json").write_text("{}", "utf-8")
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.run.experiments.conduct.trial_models", killed)
+        with pytest.raises(Killed):
+            write_results(results, trials, store, tmp_path, quiet)
+    assert inventory(place).keys() == before.keys()
+    write_results(results, trials, store, tmp_path, quiet)
+    assert inventory(place) == before
+    assert [path.name for path in sorted(place.parent.iterdir())] == ["seed-0", "seed-1"]
 
 
 def test_results_are_written_with_weights_that_transformers_opens(sweep, tmp_path):

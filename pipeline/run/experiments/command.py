@@ -10,7 +10,15 @@ from ...store.room import writing_to
 from .. import next_step
 from ..advice import CommandLine, sentence
 from ..backend import Local, printed_progress
-from .conduct import PAGE, conduct, local_hand_out, results_folder, write_results
+from .conduct import (
+    PAGE,
+    conduct,
+    local_hand_out,
+    refuse_others,
+    replaced,
+    results_folder,
+    write_results,
+)
 from .reading import read_experiments
 from .results import refuse_failed
 
@@ -26,10 +34,15 @@ def run_experiments(args: argparse.Namespace) -> None:
         # Before hours are spent on what could not be written then
         with writing_to(args.to, "folder"):
             args.to.mkdir(parents=True, exist_ok=True)
+        refuse_others(args.to, experiments)
+    folder = args.to or results_folder(store, experiments)
 
     def tell(text: str) -> None:
         errors.print(text, highlight=False, markup=False)
 
+    lost = replaced(folder, experiments)
+    if lost:
+        tell(lost)
     hand_out = local_hand_out(
         Local(store, args.parallel),
         lambda error: sentence(error, CommandLine()),
@@ -44,7 +57,6 @@ def run_experiments(args: argparse.Namespace) -> None:
         frozen=args.frozen,
         parallel=args.parallel,
     )
-    folder = args.to or results_folder(store, experiments)
     results = write_results(results, trials, store, folder, progress)
     console = output()
     report.show_experiments(results, console)

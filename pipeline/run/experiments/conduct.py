@@ -4,19 +4,23 @@ was asked."""
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ... import report
-from ...errors import PipelineError
+from ...errors import ConfigError, PipelineError, StoreError
 from ...families.load import trial_models
 from ...protocols import Progress
 from ...report.schema.experiments import FOLDER, RESULTS, TABLES, ExperimentResults, TrialSummary
+from ...report.schema.reading import read_results
 from ...store.artifacts import Store, now, write_text
 from ...store.history import Row
+from ...store.reading import read_bytes
+from ...store.room import PART
 from ..backend import Local
 from ..context import StoredParts
 from ..open_report import PAGE
+from ..stages import first_few
 from .criteria import judged
 from .reading import Experiments
 from .remaining import Remaining
@@ -37,12 +41,52 @@ from .sweep import (
 from .trials import Trial, listed_trials, trial_label
 
 DENSE = "dense"
-MADE_FROM = "made_from.json"
+SEED = "seed-"  # before the seed of which dense weights are
+MADE_FROM = "made_from.json"  # in them: whatever has none was not written here
+WRITING = "results"  # the lock of who writes results
 
 
 def results_folder(store: Store, experiments: Experiments) -> Path:
     """Where the results of an experiments file lie unless told otherwise."""
     return store.root / FOLDER / experiments.name
+
+
+def refuse_others(folder: Path, experiments: Experiments) -> None:
+    """Raise ConfigError for a folder in which something would be replaced that no sweep has
+    written."""
+    others = []
+    if not (folder / RESULTS).exists():
+        others = [folder / name for name in (TABLES, PAGE) if (folder / name).exists()]
+    for seed in sorted({trial.seed for trial in listed_trials(experiments)}):
+        place = folder / DENSE / f"{SEED}{seed}"
+        # What is being written is called otherwise until all of it is there
+        if place.exists() and not (place / MADE_FROM).is_file():
+            others.append(place)
+    if others:
+        raise ConfigError(
+            f"--to: {others[0]} is of no experiments and would be replaced; name another folder"
+        )
+
+
+def replaced(folder: Path, experiments: Experiments) -> str:
+    """Return in a sentence which trials' results in a folder will be replaced by those of a file
+    that has no such trials, "" where there are none."""
+    try:
+        former = read_results(read_bytes(folder / RESULTS)).trials
+    except (StoreError, OSError):
+        return ""
+    known = {trial.name for trial in listed_trials(experiments)}
+    lost = [
+        each.name
+        for each in former
+        if each.name not in known and each.origin not in experiments.settings.searches
+    ]
+    if not lost:
+        return ""
+    return (
+        f"{folder} has results of trials that are not in {experiments.file} ({first_few(lost)}), "
+        "which will be replaced; --to DIR leaves them there"
+    )
 
 
 def _agreed(_trials: Sequence[Trial]) -> None: ...
@@ -185,6 +229,18 @@ def write_results(
 ) -> ExperimentResults:
     """Write results, their tables, a page and dense weights to a folder; return the results with
     where those are. Raises DiskFull, DamagedArtifact, MissingArtifact."""
+    # Of two sweeps that end at once one's files are all there
+    with store.lock(WRITING):
+        return _written(results, trials, store, folder, progress)
+
+
+def _written(
+    results: ExperimentResults,
+    trials: Sequence[Trial],
+    store: Store,
+    folder: Path,
+    progress: Progress,
+) -> ExperimentResults:
     folder.mkdir(parents=True, exist_ok=True)
     dense = next((each.name for each in results.trials if each.is_dense), None)
     weights = {}
@@ -192,14 +248,26 @@ def write_results(
         address = trial.jobs[trial.model]
         is_made = any(run.address == address for each in results.trials for run in each.done)
         if trial.name == dense and is_made and not trial.makes.startswith("stack"):
-            place = folder / DENSE / f"seed-{trial.seed}"
+            place = folder / DENSE / f"{SEED}{trial.seed}"
             _write_dense(trial, store, place, progress)
             weights[str(trial.seed)] = place.relative_to(folder).as_posix()
-    results = results.model_copy(update={"dense_weights": weights})
+    told = {"dense_weights": weights, "notes": (*results.notes, *_of_others(folder, weights))}
+    results = results.model_copy(update=told)
     write_text(folder / RESULTS, results.to_json())
     write_text(folder / TABLES, report.experiments_text(results))
     write_text(folder / PAGE, report.experiments_page(results, _histories(trials, store)))
     return results
+
+
+def _of_others(folder: Path, weights: Mapping[str, str]) -> list[str]:
+    """Return in sentences which dense weights in a folder are of no trial whose results these
+    are."""
+    notes = []
+    for mark in sorted((folder / DENSE).glob(f"{SEED}*/{MADE_FROM}")):
+        place = mark.parent.relative_to(folder).as_posix()
+        if place not in weights.values() and not place.endswith(PART):
+            notes.append(f"{place} beside these results is of other experiments.")
+    return notes
 
 
 def _write_dense(trial: Trial, store: Store, place: Path, progress: Progress) -> None:
@@ -211,11 +279,13 @@ def _write_dense(trial: Trial, store: Store, place: Path, progress: Progress) ->
     mark = place / MADE_FROM
     if mark.is_file() and mark.read_text("utf-8") == made_from:
         return
+    part = place.with_name(place.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    trial_models(trial.cfg).write_model(trial.cfg, parts, trial.model, part, progress)
+    write_text(part / MADE_FROM, made_from)
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    trial_models(trial.cfg).write_model(trial.cfg, parts, trial.model, place, progress)
-    # Last, as it says that all of it is there
-    write_text(mark, made_from)
+    part.rename(place)
 
 
 def _histories(trials: Sequence[Trial], store: Store) -> dict[str, list[Row]]:
