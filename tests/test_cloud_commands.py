@@ -12,6 +12,8 @@ from pipeline import cloud
 from pipeline.errors import ConfigError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
+from pipeline.report.schema.experiments import ExperimentResults, TrialRun
+from tests.small_experiments import summed
 
 ROOT = Path(__file__).parent.parent
 PRICES = ROOT / "config/prices.yaml"
@@ -313,3 +315,23 @@ def test_experiments_are_planned_by_a_container_where_there_is_no_torch(
     assert function == "plan_sweep" and wish.name == "some"
     assert parse(raw) == command.cfg and prices == cloud.Prices.load(PRICES)
     assert list(wish.experiments.settings.trials) == ["a"]
+
+
+def test_trials_that_failed_on_modal_are_named_at_the_end(tmp_path, capsys, monkeypatch):
+    (tmp_path / "base.yaml").write_text("name: base\n")
+    file = tmp_path / "some.yaml"
+    file.write_text(yaml.safe_dump({"base": "base.yaml", "trials": {"a": {"makes": "stack"}}}))
+    run = TrialRun(seed=1, state="failed", address="x", error="no room")
+    trial = summed("a").model_copy(update={"runs": (run,)})
+    results = ExperimentResults(experiments="some", trials=(trial,)).to_json()
+    sweep = cloud.FarSweep("some", str(file), {}, {})
+    answer = cloud.FarSweepPlan("", "", sweep, None)
+    there = FakeFar(tmp_path, plan_sweep=answer, conduct=(results, ""))
+    monkeypatch.setattr("pipeline.cloud.commands.plans_here", lambda: False)
+    command = commands(there, "modal_app.py::experiments", "--config", str(file))
+    with pytest.raises(SystemExit, match=r"error: 1 of 1 trials failed(?s:.*)a seed 1: no room"):
+        command.experiments(config=str(file), output_dir=str(tmp_path / "to"))
+    # What there is of the others is shown and copied before
+    assert there.copied == [("experiments/some", tmp_path / "to")]
+    # Of a text that is only counted nothing was to be trained
+    command.experiments(config=str(file), text_only=True)
