@@ -136,6 +136,12 @@ def test_a_source_that_every_machine_has_gets_the_domains_it_did_not_name(file):
     assert "python" not in after(file, "remove", "python").partition("expert:")[2]
 
 
+def test_a_glob_is_written_so_that_other_programs_read_it(file):
+    """PyYAML takes the sign in a list for the beginning of a key."""
+    assert 'paths: ["' in after(file, "add", "legal", paths=("law/part-?.jsonl",))
+    assert load(file).data.files[-1].paths[0].endswith("law/part-?.jsonl")
+
+
 HUB = HubText("acme/law", "0123abc", "de")
 
 
@@ -433,6 +439,25 @@ def test_shares_of_requests_are_for_a_person_to_divide(pictures):
     for wish in (DomainWish("add", "law", MORE), DomainWish("remove", "ocr")):
         with pytest.raises(ConfigError, match=r"dataset\.balance gives each expert a share"):
             changed(pictures, wish)
+
+
+def test_of_several_files_none_is_changed_where_one_cannot_be(pictures, monkeypatch):
+    """The task was in one and not in the other then, and neither `add` nor `remove` took that."""
+    before = _texts(pictures.parent)
+    change = changed(pictures, DomainWish("add", "plates", MORE))
+    assert len(change.files) == 2
+    full = change.files[1].path.name
+    replaced = Path.replace
+
+    def replace(self, target):
+        if Path(target).name == full:
+            raise OSError(28, "No space left on device")
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(ConfigError, match=f"{full} cannot be written: No space left"):
+        write(change.files, keep_former=False)
+    assert _texts(pictures.parent) == before
 
 
 def test_the_last_task_stays(pictures):

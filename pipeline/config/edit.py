@@ -18,7 +18,8 @@ from .yaml_nodes import MERGE, Node, NodeEntry, nodes
 
 WIDE = 96  # columns that a list may take in one line
 STEP = "  "  # of what is new
-_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./@:~+*? -]*")
+# No `?`, which YAML 1.2 has within a word, and PyYAML, with which others read the file, has not
+_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./@:~+* -]*")
 _MISSING = object()
 
 

@@ -89,7 +89,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 def write(files: tuple[FileChange, ...], keep_former: bool) -> None:
     """Put what is to be in the place of what was, each file whole or not at all. Raises ConfigError
-    where a file is no longer what was read, with none of them changed."""
+    where a file is no longer what was read or cannot be written, with none of them changed."""
     with _alone_with(files):
         _write_all(files, keep_former)
 
@@ -115,14 +115,27 @@ def _write_all(files: tuple[FileChange, ...], keep_former: bool) -> None:
                 raise ConfigError(f"{change.path} was changed meanwhile, and stays as it is")
         except OSError as error:
             raise ConfigError(f"{change.path} cannot be read: {error.strerror}") from None
-    for change in files:
-        target = change.path.resolve()
-        try:
-            if keep_former:
-                _write(target.with_name(target.name + FORMER), change.before, target)
-            _write(target, change.after, target)
-        except OSError as error:
-            raise ConfigError(f"{change.path} cannot be written: {error.strerror}") from None
+    written: list[FileChange] = []
+    try:
+        for change in files:
+            written.append(change)
+            _write_one(change, keep_former)
+    except BaseException:
+        # Half of a change describes no run, and no command could go on from it
+        for change in written:
+            with suppress(ConfigError):
+                _write_one(FileChange(change.path, change.after, change.before), False)
+        raise
+
+
+def _write_one(change: FileChange, keep_former: bool) -> None:
+    target = change.path.resolve()
+    try:
+        if keep_former:
+            _write(target.with_name(target.name + FORMER), change.before, target)
+        _write(target, change.after, target)
+    except OSError as error:
+        raise ConfigError(f"{change.path} cannot be written: {error.strerror}") from None
 
 
 def _write(path: Path, text: str, like: Path) -> None:
