@@ -27,6 +27,8 @@ from tests import lora_small
 quick = local_jobs.quick  # a fixture
 # As a name it stands nowhere else: not in a text, a word or a setting
 GUEST = "quokka"
+# Too little, as the first job that reads it finds
+FEW_TEXT = '{"text": "the one document that there is"}\n'
 FEW = {"eval_every_steps": 0, "warmup_steps": 1, "eval_tokens": 256}
 SMALL = {
     "partition": {"domains": ["sea", "shop"]},
@@ -106,7 +108,7 @@ def test_text_that_cannot_be_read_leaves_the_file_as_it_was(run):
     # A look tells already that it has no document
     assert "cannot start as it is" in told and "no usable document in data.files" in told
     assert run.path.read_text("utf-8") == text
-    few.write_text('{"text": "the one document that there is"}\n', "utf-8")
+    few.write_text(FEW_TEXT, "utf-8")
     told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
     assert f"preprocess {GUEST}: failed" in told
     assert "tiny/tiny.yaml is what it was" in told and "is changed already" not in told
@@ -116,7 +118,7 @@ def test_text_that_cannot_be_read_leaves_the_file_as_it_was(run):
 def test_text_that_cannot_be_read_is_told_where_the_file_was_changed_meanwhile_too(
     run, monkeypatch
 ):
-    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    (run.path.parent / "few.jsonl").write_text(FEW_TEXT, "utf-8")
 
     def edited(*words):
         run.path.write_text(f"{run.path.read_text('utf-8')}# mine\n", "utf-8")
@@ -125,7 +127,7 @@ def test_text_that_cannot_be_read_is_told_where_the_file_was_changed_meanwhile_t
     domains_make = domains.make
     monkeypatch.setattr(domains, "make", edited)
     told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
-    assert "no usable document" in told and f"{GUEST} is still in it" in told
+    assert "1 distinct documents" in told and f"{GUEST} is still in it" in told
     assert "is changed already" in told
     assert run.path.read_text("utf-8").endswith("# mine\n")
 
@@ -182,7 +184,7 @@ def begun(run) -> None:
 
 def test_what_never_was_there_leaves_no_note_that_it_is_gone(run):
     """Its text was refused, so it had no expert; a note of it would say that one was removed."""
-    (run.path.parent / "few.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    (run.path.parent / "few.jsonl").write_text(FEW_TEXT, "utf-8")
     assert "is what it was" in run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
     assert "removed: " not in run.command("run")
     assert not (run.store.root / "removed").exists()
