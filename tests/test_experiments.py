@@ -36,8 +36,8 @@ from pipeline.run.experiments.conduct import (
     write_results,
 )
 from pipeline.run.experiments.criteria import judged
+from pipeline.run.experiments.failures import refuse_failed
 from pipeline.run.experiments.reading import read_experiments
-from pipeline.run.experiments.results import refuse_failed
 from pipeline.run.experiments.search import Study, TriedTrial, groups
 from pipeline.run.experiments.trials import expanded, listed_trials
 from pipeline.run.job import run_job

@@ -133,3 +133,19 @@ def test_under_a_limit_on_the_cost_nothing_begins_that_was_not_planned_for(run):
     assert run.conductor(second).identity == second.identity != first.identity
     edited(run.file)
     assert run.conductor(run.laptop()[0]).identity != second.identity
+
+
+def test_a_domain_without_a_document_is_told_before_a_container_is_paid_for(run):
+    for file in run.file.parent.iterdir():
+        file.write_text("")
+    cfg = run.conductor(run.laptop()[0])
+
+    def nobody(*_):
+        pytest.fail("handed out a job")
+
+    told = []
+    wanted = ("tokenizer", "preprocess")
+    results = cloud.orchestrate(cfg, wanted, Store(run.volume.path), nobody, "again", told.append)
+    assert [(each.stage, each.state) for each in results] == [("tokenizer", "failed")]
+    assert "preprocess sea: no usable document in data.files" in results[0].error
+    assert told == [results[0].error]

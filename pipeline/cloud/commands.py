@@ -23,8 +23,8 @@ from ..errors import PipelineError
 from ..families.load import load, parse
 from ..report.narrow import output
 from ..run.advice import sentence
+from ..run.experiments.failures import refuse_failed
 from ..run.experiments.reading import read_experiments
-from ..run.experiments.results import refuse_failed
 from ..run.stages import ROWS, RUN, STAGES, about, has_several_jobs
 from ..store.room import writing
 from .client import settled, show_report, show_results

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..config.run import RunConfig
 from ..credentials import masked
-from ..errors import PipelineError
+from ..errors import CannotStart, PipelineError
 from ..run.advice import account, sentence
+from ..run.dry_run import refuse_lacking
 from ..run.identity import note_made
 from ..run.job import done
 from ..run.stages import Addresses, label, without_jobs
@@ -76,7 +77,12 @@ def orchestrate(
     addresses = Addresses(cfg)
     edge = edge_of(cfg, store.root)
     results: list[JobResult] = []
-
+    try:
+        # Only in who has looked: the next attempt goes by that look
+        refuse_lacking(cfg, store, wanted)
+    except CannotStart as error:
+        progress(sentence(error, edge))
+        return not_done(cfg, wanted, store, error)
     for stage in wanted:
         # What containers made meanwhile is seen from here on; no file is open
         store.refresh()

@@ -19,8 +19,8 @@ from .conduct import (
     results_folder,
     write_results,
 )
+from .failures import refuse_failed
 from .reading import read_experiments
-from .results import refuse_failed
 
 
 def run_experiments(args: argparse.Namespace) -> None:

@@ -5,12 +5,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...errors import PipelineError, TrialsFailed
+from ...errors import PipelineError
 from ...families.load import trial_models
 from ...metrics.seeds import interval_of_mean
 from ...report.schema.base import JobSpeed, MachineFacts
 from ...report.schema.experiments import (
-    ExperimentResults,
     ModelSizes,
     SweepWork,
     TrialExperts,
@@ -233,17 +232,3 @@ def work_of(trials: Iterable[Trial], store: Store) -> SweepWork:
             if address not in taken and store.has(address):
                 taken[address] = float(store.require(address).made.get("seconds", 0.0))
     return SweepWork(jobs=len(taken), seconds=sum(taken.values()))
-
-
-def refuse_failed(results: ExperimentResults) -> None:
-    """Raise TrialsFailed where trials have no model or no score. Those that a search ended are as
-    they should be, and so are values of its space that describe no run: no other try mends them."""
-    runs = [(each.name, run) for each in results.trials for run in each.runs]
-    failed = {}
-    for name, run in runs:
-        is_chosen = run.state == "pruned" or not run.address
-        why = "" if is_chosen else run.error or run.unmeasured
-        if why:
-            failed[f"{name} seed {run.seed}"] = why
-    if failed:
-        raise TrialsFailed(len(runs), failed)
