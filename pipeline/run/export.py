@@ -3,7 +3,6 @@ there whole or not at all.
 """
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..errors import ConfigError, StoreError
 from ..families import ExportWish, family
 from ..protocols import Progress
 from ..store.artifacts import Store
+from ..store.beside import folder_beside
 from ..store.bundle import SUMS
 from ..store.room import writing
 from ..store.upload import upload
@@ -43,9 +43,7 @@ def export(cfg: RunConfig, store: Store, wish: ExportWish, to: str, progress: Pr
     parts = StoredParts(cfg, store, progress)
     # Where it is to end up, as a model may be larger than the room elsewhere
     beside = local.absolute().parent if local else store.root
-    with _writing(beside, to), tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as made:
-        folder = Path(made) / "export"
-        folder.mkdir()
+    with _writing(beside, to), folder_beside(beside, ".export-") as folder:
         chosen.export(cfg, parts, wish, folder, progress)
         if local is not None and not local.exists():
             folder.rename(local)

@@ -1,7 +1,6 @@
 """Kits: one expert handed out to be trained where its text lies, and what comes back of it."""
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..families.load import given, load
 from ..model.gaussian_mechanism import least_sigma
 from ..protocols import Progress
 from ..store.artifacts import Store
+from ..store.beside import folder_beside
 from ..store.expert_package import Noise
 from ..store.model_sources import on_this_machine
 from ..store.room import writing, writing_to
@@ -201,9 +201,7 @@ def _made_whole(to: Path) -> Iterator[Path]:
     beside = to.absolute().parent
     with writing_to(to, "folder"), writing(beside):
         beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".kit-", dir=beside) as made:
-            folder = Path(made) / "kit"
-            folder.mkdir()
+        with folder_beside(beside, ".kit-") as folder:
             yield folder
             if to.exists():
                 to.rmdir()
