@@ -4,6 +4,7 @@ with pictures; of text test_domain_docs.py carries them out.
 
 import json
 import re
+import threading
 from types import SimpleNamespace
 
 import local_jobs
@@ -16,7 +17,7 @@ from pipeline.config.base import merge
 from pipeline.config.files import read
 from pipeline.errors import DataError, Interrupted, JobsFailed
 from pipeline.families.load import load
-from pipeline.run import domains
+from pipeline.run import domains, predecessor
 from pipeline.run.reach import root_of
 from pipeline.run.stages import RUN, jobs
 from pipeline.store.artifacts import Store
@@ -173,6 +174,31 @@ def test_what_went_without_a_note_gets_it_from_the_next_run_and_once(run, monkey
     assert "removed: " not in run.command("run")
     (note,) = removed(run.store)[0]
     assert (note.domain, note.run, note.file) == ("shop", "tiny", "tiny/tiny.yaml")
+
+
+def test_of_two_runs_at_once_one_notes_what_is_gone(run, monkeypatch):
+    begun(run)
+    cfg = load(run.path, ("partition.domains=[sea]", "router.top_k=1"))
+    notes = []
+
+    def second() -> None:
+        notes.extend(predecessor.note_since(cfg, "tiny/tiny.yaml", (), run.store))
+
+    beside = threading.Thread(target=second)
+    found = predecessor.removed
+
+    def looked_at(store):
+        known = found(store)
+        if beside.ident is None:
+            beside.start()
+            # Long enough to note it, were it let
+            beside.join(timeout=0.5)
+        return known
+
+    monkeypatch.setattr(predecessor, "removed", looked_at)
+    notes.extend(predecessor.note_since(cfg, "tiny/tiny.yaml", (), run.store))
+    beside.join()
+    assert [note.domain for note in notes] == ["shop"]
 
 
 def begun(run) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config.run import RunConfig
 from ..store.address import job_of
 from ..store.artifacts import Store
-from ..store.removed import Removed, note_removed, removed
+from ..store.removed import FOLDER, Removed, note_removed, removed
 from ..store.roots import Root, readable_roots
 from .leftovers import anything_at
 from .reach import as_given, root_of
@@ -71,6 +71,12 @@ def note_all_gone(
     """Write down which experts former runs had, the last one first, that another one has no more,
     each once since a run had it. `own` is the root of that other. Raises DiskFull, OSError,
     UnreadableFile."""
+    # Two runs that begin at once would each find that it is not noted
+    with store.lock(FOLDER):
+        return _note_all(own, before, after, store)
+
+
+def _note_all(own: Root, before: Sequence[Root], after: RunConfig, store: Store) -> list[Removed]:
     noted: dict[str, str] = {}
     for gone in removed(store)[0]:
         if (gone.run, gone.file) == (own.name, own.file):
