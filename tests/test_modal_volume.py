@@ -306,10 +306,13 @@ def test_domains_made_by_containers_have_the_bytes_of_a_local_run(volume, tiny, 
 def test_a_domain_that_cannot_be_is_an_answer(volume, tiny):
     raw = load(tiny).model_dump(mode="json")
     raw["partition"]["domains"] += ["moon"]
+    few = tiny.parent / "few.jsonl"
+    few.write_text('{"text": "the one document that there is"}\n')
+    raw["data"]["files"] += [{"paths": [str(few)], "domain": "moon"}]
     wrong, lines = parse(raw), []
     *made, failed = orchestrate(volume, wrong, TEXT, Hands(volume, wrong), lines)
     assert all(each.state == "made" for each in made)
-    assert failed.item == "moon" and "names moon" in failed.error
+    assert failed.item == "moon" and "moon has 1 distinct documents" in failed.error
     assert "run again: modal run x::y" in lines[-1]
 
 
