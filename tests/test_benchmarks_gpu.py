@@ -1,11 +1,12 @@
-"""The program for a GPU, on a processor: its sections find what they should, one that fails or has
-no time stops no other, and what was found is written as it comes."""
+"""The program for a GPU, on a pretended one: its sections find what they should, one that fails or
+has no time stops no other, and what was found is written as it comes."""
 
 import json
 import time
 from dataclasses import replace
 
 import pytest
+from pretended_gpu import pretended_gpu
 
 from benchmarks import gpu, gpu_parts
 from benchmarks.gpu_parts import SECTIONS, Setup, agree, forward, generation, training
@@ -16,8 +17,9 @@ from benchmarks.gpu_parts.wheels import NEEDED, pinned
 
 @pytest.fixture
 def setup(tmp_path):
-    """What a section is told, with a minute to go."""
-    return Setup("cpu", True, 1, str(tmp_path), time.time() + 60)
+    """What a section is told where there seems to be a GPU, with a minute to go."""
+    with pretended_gpu():
+        yield Setup("cuda", True, 1, str(tmp_path), time.time() + 60)
 
 
 def started(monkeypatch, tmp_path, sections: dict, *options: str) -> tuple[int, list[dict], str]:
@@ -76,8 +78,9 @@ def test_losses_of_both_sides_are_compared_step_by_step(setup, monkeypatch):
     assert rows["low_rank, fp32"]["verdict"] == "refused"
 
 
+@pytest.mark.usefixtures("setup")
 def test_a_forward_pass_of_one_expert_is_that_of_the_dense_network():
-    case = forward.Case(16, 32, "even", 64, 8, 1, "cpu", "fp32")
+    case = forward.Case(16, 32, "even", 64, 8, 1, "cuda", "fp32")
     ways = forward._ways(case)
     names = [name for name in ways if name.startswith("1 of 8")]
     dense = ways[forward.DENSE]()

@@ -234,7 +234,11 @@ def _add_to_leaf(head_VD: Tensor, grad_VD: Tensor, upstream: Tensor) -> Tensor |
     """Return the head's gradient, or add it to the sum that is there already and return None."""
     if head_VD.is_leaf and head_VD.grad is not None:
         # autograd would add the scaled gradient itself, which is one more table of the vocabulary
-        head_VD.grad.add_(grad_VD, alpha=upstream.item())
+        if upstream.device.type == "cuda" and head_VD.grad.dtype == upstream.dtype:
+            # As a number the factor would have the layers' backward pass wait for the forward's end
+            head_VD.grad.addcmul_(grad_VD, upstream)
+        else:
+            head_VD.grad.add_(grad_VD, alpha=upstream.item())
         return None
     return grad_VD * upstream.to(grad_VD.dtype)
 

@@ -306,7 +306,7 @@ def _add_gradients(
     """Run a step's batch forward and backward, in as many pieces as there is memory for; return its
     mean nats."""
     sequences = task.options.batch_sequences
-    nats = 0.0
+    losses = []
     first_row = step * sequences
     for size in guard.sizes(sequences):
         batch = task.batch(first_row, size)
@@ -318,11 +318,12 @@ def _add_gradients(
             trim_heap()
         clock.lap("forward")
         total.backward()
-        nats += loss.item() * size / sequences
+        losses.append((loss.detach(), size))
         if plan.trim_each_pass:
             trim_heap()
         clock.lap("backward")
-    return nats
+    # Read once all passes are under way: a GPU would have nothing to do between them
+    return sum(loss.item() * size / sequences for loss, size in losses)
 
 
 def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[str, Any]:
