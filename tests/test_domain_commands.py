@@ -5,6 +5,7 @@ with pictures; of text test_domain_docs.py carries them out.
 import json
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import local_jobs
@@ -20,7 +21,7 @@ from pipeline.families.load import load
 from pipeline.run import domains, predecessor
 from pipeline.run.reach import root_of
 from pipeline.run.stages import RUN, jobs
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import Store, inventory
 from pipeline.store.removed import removed
 from pipeline.store.roots import leave
 from tests import lora_small
@@ -211,9 +212,33 @@ def begun(run) -> None:
 def test_what_never_was_there_leaves_no_note_that_it_is_gone(run):
     """Its text was refused, so it had no expert; a note of it would say that one was removed."""
     (run.path.parent / "few.jsonl").write_text(FEW_TEXT, "utf-8")
-    assert "is what it was" in run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    run.command("run")
+    roots = inventory(run.store.root / "roots")
+    told = run.command("add", GUEST, "--paths", "tiny/few.jsonl", code=2)
+    assert f"preprocess {GUEST}: failed" in told and "is what it was" in told
+    # Nor a run that will never be, which would be the latest of its name
+    assert inventory(run.store.root / "roots") == roots
+    # As a killed command leaves it
+    root = root_of(load(run.path), "tiny/tiny.yaml")
+    never = (*root.addresses, f"train_experts-{GUEST}-0123456789ab")
+    leave(run.store, replace(root, addresses=never))
     assert "removed: " not in run.command("run")
     assert not (run.store.root / "removed").exists()
+
+
+def test_a_command_that_lost_to_another_leaves_no_run(run, monkeypatch):
+    run.command("run")
+    roots = inventory(run.store.root / "roots")
+
+    def edited(*words):
+        run.path.write_text(f"{run.path.read_text('utf-8')}# mine\n", "utf-8")
+        return write(*words)
+
+    write = domains.write
+    monkeypatch.setattr(domains, "write", edited)
+    told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl", code=2)
+    assert "was changed meanwhile" in told and "is changed already" not in told
+    assert inventory(run.store.root / "roots") == roots
 
 
 def test_a_note_names_what_was_made_of_former_text_and_what_is_begun(run):

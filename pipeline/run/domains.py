@@ -32,15 +32,18 @@ from ..families.load import PATHS, change_domains, checked, load
 from ..report.format import count
 from ..report.narrow import plain_console, print_table
 from ..store.artifacts import Manifest, Store
+from ..store.in_use import RUNS
 from ..store.reading import read_bytes
 from ..store.removed import told_removed
+from ..store.roots import Root, root_path
 from . import next_step
 from .backend import Local, printed_progress, run_stage
 from .domain_words import wish_of
 from .dry_run import DONE, Entry, duration, plan, refuse, times
 from .identity import begin, not_there
+from .leftovers import anything_at
 from .predecessor import note_gone, predecessors, reported
-from .reach import as_given, working
+from .reach import as_given, root_of, working
 from .stages import RUN, Addresses, is_report, label
 
 FORMER = ".former"  # behind a file's name: what it was, where somebody asks for it
@@ -327,8 +330,15 @@ def come_and_go(args: Namespace, console: Console) -> None:
         console.print("nothing was changed", highlight=False)
         args.next = next_step.same(args, "plan")
         return
+    root = root_of(change.after, args.config)
+    is_new = not root_path(store, root.id).exists()
     with working(store, change.after, args.config):
-        write(change.files, args.keep_former)
+        try:
+            write(change.files, args.keep_former)
+        except ConfigError:
+            if is_new:
+                _forget(root, change, store)
+            raise
         args.again = f"python -m pipeline run --config {shown}"
         gone = None
         if change.wish.what == "remove":
@@ -338,12 +348,23 @@ def come_and_go(args: Namespace, console: Console) -> None:
         except JobsFailed as error:
             if _is_refused(change.wish, error):
                 _take_back(change, args, console)
+                if is_new and args.again is None:
+                    _forget(root, change, store)
             raise
     compare(change, made, former, store, console)
     if gone is not None:
         text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     args.next = next_step.page(args, change.after.name)
+
+
+def _forget(root: Root, change: DomainChange, store: Store) -> None:
+    """Take away the root of a run that is not to be, where nothing was made of it alone: it would
+    be the latest of its name, which `watch` and others go by."""
+    own = set(root.addresses) - set(root_of(change.before, change.path).addresses)
+    with suppress(OSError), store.lock(RUNS):
+        if not any(anything_at(store, address) for address in own):
+            root_path(store, root.id).unlink(missing_ok=True)
 
 
 def _take_back(change: DomainChange, args: Namespace, console: Console) -> None:
