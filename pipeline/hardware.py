@@ -67,6 +67,11 @@ def _may_have_gpu() -> bool:
     """Whether to ask torch for a GPU: it is imported already, or there is a driver of one."""
     if "torch" in sys.modules or platform.system() == "Windows":
         return True
+    return has_driver()
+
+
+def has_driver() -> bool:
+    """Whether there is a driver of GPUs, for which nothing is imported and no GPU is opened."""
     return any(map(os.path.exists, DRIVERS))
 
 

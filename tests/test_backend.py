@@ -21,6 +21,7 @@ from fakes import contents, flip, traces
 
 from pipeline.__main__ import main
 from pipeline.errors import GivenUp, Interrupted, JobsFailed, PipelineError
+from pipeline.families import OPENS_GPU, PRELOAD
 from pipeline.families.load import load
 from pipeline.run import backend, stages
 from pipeline.run.advice import CommandLine, sentence
@@ -438,6 +439,40 @@ def test_jobs_are_forked_from_what_is_imported_already_in_any_folder(tmp_path):
         [sys.executable, "-c", FORK, str(ROOT), FOUND],
         cwd=tmp_path,
         env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Imports modules where whatever asks for a GPU, which opens it, is the end
+LEFT_ALONE = """
+import importlib, sys, torch
+def opened(*_, **__):
+    raise SystemExit(f"{name} opens the GPU")
+asking = "is_available device_count current_device get_device_properties init _lazy_init"
+for asked in asking.split():
+    setattr(torch.cuda, asked, opened)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_nothing_that_jobs_are_forked_from_opens_a_gpu(monkeypatch):
+    """Nor what an endpoint's image of memory has: there is no GPU yet when it is taken."""
+    imported = set()
+    monkeypatch.setattr(backend, "has_driver", lambda: True)
+    monkeypatch.setattr(backend.forkserver, "set_forkserver_preload", imported.update)
+    monkeypatch.setattr(backend.forkserver, "ensure_running", lambda: None)
+    for name in PRELOAD:
+        backend._have_forked_from(name)
+    assert not imported & OPENS_GPU and len(imported) > len(PRELOAD)
+    modules = [*sorted(imported - {backend.FORKED}), "pipeline.serve.app"]
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_ALONE, *modules],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

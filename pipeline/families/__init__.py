@@ -38,6 +38,9 @@ PRELOAD = {
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
     ],
 }
+# What imports PEFT, and with it bitsandbytes, which opens the GPU as it is imported: CUDA can be
+# used in no process that is forked from one that has
+OPENS_GPU = frozenset({"pipeline.families.lora_vlm.family"})
 
 
 # What `export` writes, and what it may round weights to.

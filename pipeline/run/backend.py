@@ -25,9 +25,9 @@ from .. import interrupts
 from ..config.run import RunConfig
 from ..credentials import masked
 from ..errors import GivenUp, Interrupted, JobsFailed, PipelineError
-from ..families import PRELOAD
+from ..families import OPENS_GPU, PRELOAD
 from ..families.load import parse
-from ..hardware import cores
+from ..hardware import cores, has_driver
 from ..protocols import Progress
 from ..report.narrow import plain_console
 from ..store.artifacts import Manifest, Reader, Store
@@ -215,8 +215,12 @@ def _start(
 
 
 def _have_forked_from(name: str) -> None:
-    """Have the process run that jobs are forked from, which imports what a family needs."""
-    forkserver.set_forkserver_preload([FORKED, *PRELOAD[name], IMPORTED])
+    """Have the process run that jobs are forked from, which imports what a family needs, as far as
+    that leaves a GPU alone."""
+    needed = PRELOAD[name]
+    if has_driver():
+        needed = [module for module in needed if module not in OPENS_GPU]
+    forkserver.set_forkserver_preload([FORKED, *needed, IMPORTED])
     with interrupts.held_back(), _importable():
         forkserver.ensure_running()
 
