@@ -38,6 +38,20 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def order_sums() -> None:
+    """Have a GPU add numbers up in one order each time, as a processor does, wherever torch has a
+    kernel that does: a training that was interrupted goes on to the same bytes only so."""
+    import torch
+
+    if device() != "cuda":
+        return
+    # Read by cuBLAS when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Memory that nobody reads before it is written need not be filled
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def has_bf16() -> bool:
     """Whether bf16 products are native: a GPU that has them, or AVX512-BF16, AMX or Arm's BF16
     here."""

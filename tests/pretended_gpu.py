@@ -31,6 +31,7 @@ INDEXED = {
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _backward = torch.autograd._engine_run_backward
 _autocast = torch.autocast
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class OnGpu(Tensor):
@@ -298,5 +299,11 @@ def pretended_gpu() -> Iterator[None]:
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(threading.Thread, "run", _in_thread)
         patch.setattr(torch.autograd, "_engine_run_backward", _run_backward)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        patch.setenv(WORKSPACE, "")
+        patch.delenv(WORKSPACE)
         with _Devices(), _Moves():
-            yield
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(False)

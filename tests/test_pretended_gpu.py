@@ -2,12 +2,13 @@
 what a bundle answers are those of the processor, and nothing needs two devices to be one."""
 
 import io
+import os
 import threading
 
 import lora_small
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import make_text, tiny_config
 from pretended_gpu import pretended_gpu
 from rich.console import Console
 
@@ -125,6 +126,18 @@ def test_a_bundle_answers_as_on_the_processor(both, capsys):
             assert call([*command, *sampling, "what of 3: tide reef"]) == 0
             told.append(capsys.readouterr().out)
         assert told[0] == told[1] and '"finish"' in told[0]
+
+
+def test_a_training_on_a_gpu_adds_numbers_up_in_one_order(store_path, tmp_path):
+    """Or one that was interrupted would go on to other bytes; reports and servers need not."""
+    cfg = of_text()(tmp_path / "data")
+    store = Store(store_path).open()
+    with pretended_gpu():
+        make_text(cfg, store)
+        before = torch.are_deterministic_algorithms_enabled()
+        run_job("train_shared", cfg, store, progress=quiet)
+        assert torch.are_deterministic_algorithms_enabled() and not before
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_what_a_gpu_refuses_is_refused():

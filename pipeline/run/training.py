@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..hardware import fastest_threads, machine, uses_bf16
+from ..hardware import fastest_threads, machine, order_sums, uses_bf16
 from ..store.artifacts import save_tensors, write_text
 from ..store.history import Recorder
 from ..store.reading import reading, sealed, unsealed
@@ -24,6 +24,7 @@ def train(job: JobContext) -> dict:
     """Make the family's task for this stage and fit it, or write what needs no training; return
     metrics."""
     make_task = job.function()
+    order_sums()
     if job.cfg.may_keep_int8:
         import_int8()
     # A job's memory is counted from here: everything is imported, 8-bit kernels too, and nothing
