@@ -131,6 +131,24 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
+def gpu_bytes() -> int | None:
+    """Return the memory that jobs here can have on the GPU, this one's own included; None without
+    one."""
+    if device() != "cuda":
+        return None
+    import torch
+
+    free, _total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a GPU's memory is full."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
 def cores() -> int:
     """Return the processor cores this process may use."""
     # a container or `taskset` may allow fewer than there are; Linux alone tells

@@ -65,10 +65,6 @@ def test_without_a_budget_the_settings_and_the_fastest_micro_batch_decide():
     assert chosen(None, options(batch_sequences=4)).micro_batch_sequences == 4
     assert plan_memory(options(), 10**6, None, cost).micro_batch_sequences == 1
     assert (
-        plan_memory(options(batch_sequences=512), 128, None, cost, gpu=True).micro_batch_sequences
-        == 512
-    )
-    assert (
         plan_memory(
             options(batch_sequences=512), 128, None, cost, divisible=False
         ).micro_batch_sequences
@@ -204,6 +200,29 @@ def test_a_gpu_takes_the_whole_batch_and_a_large_chunk_of_logits():
     here, there = (unbounded(options(), 1024, True, gpu) for gpu in (False, True))
     assert (here.micro_batch_sequences, there.micro_batch_sequences) == (2, 16)
     assert there.chunk_logits == 2**5 * here.chunk_logits == 2**27
+
+
+def test_without_a_budget_a_gpu_s_own_memory_bounds_what_runs_at_once():
+    def on(gpu_mb, opts=None, **how):
+        return chosen(None, opts or options(batch_sequences=512), gpu_bytes=gpu_mb * MB, **how)
+
+    whole = on(10**6)
+    assert (whole.micro_batch_sequences, whole.checkpointing) == (512, False)
+    less = on(5000)
+    assert (less.micro_batch_sequences, less.checkpointing) == (32, False)
+    assert cost(less) <= 0.9 * 5000 * MB < cost(replace(less, micro_batch_sequences=64))
+    again = on(3378)
+    assert (again.micro_batch_sequences, again.checkpointing) == (2, True)
+    assert cost(again) <= 0.9 * 3378 * MB < cost(replace(again, micro_batch_sequences=4))
+    assert cost(replace(again, micro_batch_sequences=1, checkpointing=False)) > 0.9 * 3378 * MB
+    # a prediction refuses nobody who has set no budget
+    least = on(100)
+    assert (least.micro_batch_sequences, least.checkpointing) == (1, True)
+    assert least.moments == least.gradients == "fp32" and least.budget_bytes is None
+    assert on(100, divisible=False).micro_batch_sequences == 512
+    assert not on(100, can_checkpoint=False).checkpointing
+    given = options(batch_sequences=512, micro_batch_sequences=3, checkpointing=False)
+    assert (on(100, given).micro_batch_sequences, on(100, given).checkpointing) == (3, False)
 
 
 def test_no_second_forward_pass_where_it_would_count_twice():

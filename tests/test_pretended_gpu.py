@@ -15,7 +15,9 @@ from rich.console import Console
 from pipeline import hardware
 from pipeline.__main__ import main
 from pipeline.config.base import merge
+from pipeline.errors import PipelineError
 from pipeline.families.load import load, parse
+from pipeline.model.trunk import Trunk
 from pipeline.protocols import quiet
 from pipeline.run import stages
 from pipeline.run.job import run_job
@@ -138,6 +140,29 @@ def test_a_training_on_a_gpu_adds_numbers_up_in_one_order(store_path, tmp_path):
         run_job("train_shared", cfg, store, progress=quiet)
         assert torch.are_deterministic_algorithms_enabled() and not before
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("budget", [None, "2GB"])
+def test_a_job_that_fills_the_gpu_ends_in_what_to_set(budget, store_path, tmp_path, monkeypatch):
+    """It is no crash: Modal would try it again, and pay for each try."""
+    path = tiny_config(tmp_path / "data")
+    cfg = load(path, [] if budget is None else [f"runtime.memory_budget={budget}"])
+    store = Store(store_path).open()
+    make_text(cfg, store)
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(Trunk, "hidden", full)
+    most = "64000MB" if budget is None else "1600MB"
+    with (
+        pretended_gpu(),
+        pytest.raises(PipelineError, match=f"set runtime.memory_budget to {most}"),
+    ):
+        run_job("train_shared", cfg, store, progress=quiet)
+    monkeypatch.setattr(Trunk, "hidden", lambda *_: 1 / 0)
+    with pretended_gpu(), pytest.raises(ZeroDivisionError):
+        run_job("train_shared", cfg, store, progress=quiet)
 
 
 def test_what_a_gpu_refuses_is_refused():

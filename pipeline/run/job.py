@@ -16,7 +16,14 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..errors import PipelineError
-from ..hardware import bound_kernel_caches, cpu_name, gpu_name, set_fastest_threads
+from ..hardware import (
+    bound_kernel_caches,
+    cpu_name,
+    gpu_bytes,
+    gpu_name,
+    is_full,
+    set_fastest_threads,
+)
 from ..protocols import Progress
 from ..store.artifacts import (
     Manifest,
@@ -31,8 +38,10 @@ from ..store.versions import Versions
 from .context import JobContext, StoredParts
 from .former import kept_settings
 from .identity import check_unchanged, note_made
-from .stages import Addresses
+from .stages import Addresses, label
 
+# Of the memory with which a GPU was full, for the next try
+LESS = 0.8
 # What decides bytes beside the configuration and the machine; written down with every artifact
 PACKAGES = (
     "torch",
@@ -139,7 +148,7 @@ def _make(job: JobContext) -> Manifest:
     check_unchanged(*read)
     folder = job.store.begin(job.address)
     try:
-        metrics = _work(job)
+        metrics = _in_memory(job)
         # What has changed while it was read is neither what it was nor what it is now
         check_unchanged(*read)
     except PipelineError:
@@ -171,6 +180,22 @@ def _make(job: JobContext) -> Manifest:
     # Before it is published
     note_made(*read)
     return job.store.finish(manifest)
+
+
+def _in_memory(job: JobContext) -> dict:
+    """Do the job's work. Raises PipelineError that says how it takes less where a GPU is full."""
+    try:
+        return _work(job)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        told = str(error).partition(". ")[0]
+        budget = job.cfg.runtime.memory_budget or gpu_bytes() or 0
+        raise PipelineError(
+            f"{label(job.stage, job.item)}: {told}: set runtime.memory_budget to "
+            f"{int(LESS * budget / 1e6)}MB, by which it runs in smaller pieces, or take a GPU with "
+            "more memory"
+        ) from error
 
 
 def _work(job: JobContext) -> dict:

@@ -38,6 +38,8 @@ TRIM_THRESHOLD_BYTES = 48_000_000
 LOW_TRIM_THRESHOLD_BYTES = 128_000  # glibc's own
 # Share of the budget at which the micro-batch is halved.
 CLOSE = 0.97
+# Of a GPU's memory; the rest is for kernels, workspaces and what the allocator cannot use
+OF_GPU = 0.9
 # Times what a row is predicted to take.
 DOUBT = 1.25
 # For moments in bf16: beyond it a step changes the second one by less than bf16 can hold.
@@ -143,7 +145,7 @@ def plan_memory(
     row_bytes: int = 0,
     divisible: bool = True,
     can_checkpoint: bool = True,
-    gpu: bool = False,
+    gpu_bytes: int | None = None,
     fast_tokens: int = FAST_TOKENS,
     name: str = "this job",
 ) -> MemoryPlan:
@@ -151,19 +153,22 @@ def plan_memory(
     are.
 
     row_bytes: of the residual stream of a row. `divisible`: a batch may be run in pieces.
-    `can_checkpoint`: a forward pass may be made twice. Raises BudgetError with the smallest budget
-    that works, or ConfigError.
+    `can_checkpoint`: a forward pass may be made twice. gpu_bytes: the memory of the GPU that it
+    runs on, none on a processor. Raises BudgetError with the smallest budget that works, or
+    ConfigError.
     """
-    first = unbounded(opts, tokens_per_row, divisible, gpu, fast_tokens)
+    first = unbounded(opts, tokens_per_row, divisible, gpu_bytes is not None, fast_tokens)
     first = replace(first, checkpointing=first.checkpointing and can_checkpoint)
-    if budget_bytes is None:
-        return first
     sizes = [first.micro_batch_sequences]
     if not first.whole_batch and not opts.micro_batch_sequences:
         sizes = _halves(first.micro_batch_sequences)
     checkpointing = [first.checkpointing]
     if can_checkpoint and opts.checkpointing is None:
         checkpointing = [False, True]
+    if budget_bytes is None:
+        if gpu_bytes is None:
+            return first
+        return _largest_pass(first, sizes, checkpointing, predict, int(OF_GPU * gpu_bytes))
     first = replace(first, budget_bytes=budget_bytes)
 
     tried = list(_candidates(opts, first, sizes, checkpointing, row_bytes))
@@ -178,6 +183,23 @@ def plan_memory(
         f"works is {ceil(smallest_bytes / 1e6)}MB ({smallest.summary})",
         smallest_bytes=smallest_bytes,
     )
+
+
+def _largest_pass(
+    first: MemoryPlan,
+    sizes: list[int],
+    checkpointing: list[bool],
+    predict: Predict,
+    room_bytes: int,
+) -> MemoryPlan:
+    """Return the plan that keeps most of a batch together where all of it would not fit on a GPU;
+    the smallest where none is predicted to, as predictions refuse nobody who set no budget."""
+    plan = first
+    for again, size in product(checkpointing, sizes):
+        plan = replace(first, micro_batch_sequences=size, checkpointing=again)
+        if predict(plan) <= room_bytes:
+            break
+    return plan
 
 
 def _bytes_per_row(plan: MemoryPlan, predict: Predict) -> int:

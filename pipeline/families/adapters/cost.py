@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from ...config.base import NONE, is_folder
 from ...errors import DataError
-from ...hardware import device
+from ...hardware import gpu_bytes
 from ...model.chunks import workspace_bytes
 from ...store.foreign import read_object
 from ...train.flops import JobCost
@@ -175,7 +175,7 @@ def memory_plan(
         return kept_bytes + sizes.peak_bytes(cfg.loras.base, options, plan, longest)
 
     budget = cfg.runtime.memory_budget
-    return plan_memory(options, row, budget, predict, gpu=device() == "cuda", name=name)
+    return plan_memory(options, row, budget, predict, gpu_bytes=gpu_bytes(), name=name)
 
 
 def job_cost(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import ceil
 
 from ...config.fit import FitConfig
-from ...hardware import device
+from ...hardware import device, gpu_bytes
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
@@ -324,7 +324,7 @@ def memory_plan(
         row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4),
         divisible=divisible,
         can_checkpoint=not gates,
-        gpu=device() == "cuda",
+        gpu_bytes=gpu_bytes(),
         fast_tokens=LEAN_TOKENS if small else FAST_TOKENS,
         name=name,
     )

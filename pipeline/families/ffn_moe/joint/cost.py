@@ -5,7 +5,7 @@ L layers, D model width, F feed-forward width, E experts, K experts per token.
 
 from collections.abc import Mapping
 
-from ....hardware import device
+from ....hardware import device, gpu_bytes
 from ....train.flops import JobCost, Shape
 from ....train.memory_plan import MemoryPlan, plan_memory
 from ..config import FfnMoeConfig
@@ -118,7 +118,7 @@ def joint_plan(
         row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4),
         divisible=not per_batch,
         can_checkpoint=not is_mixture,
-        gpu=device() == "cuda",
+        gpu_bytes=gpu_bytes(),
         name=name,
     )
 
