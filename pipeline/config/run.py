@@ -61,7 +61,7 @@ class RuntimeConfig(Section):
     memory_budget: Bytes | None = Field(
         None,
         description="Most memory of a job above the level after imports, such as 350MB or 8GB; "
-        "none: no limit",
+        "none: no limit, but on a GPU its own memory",
     )
     save_every_s: float = Field(60.0, gt=0, description="Seconds between checkpoints")
     log_every_steps: int = Field(10, ge=1, description="Steps between history rows")
