@@ -16,6 +16,9 @@ from typing import Any
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
 
+# What CUDA reads when a process opens it
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 # torch keeps the compiled kernel of each shape that a bf16 product had, in two caches of 1,024 that
 # its libraries size by the environment: .6 MB a shape, so 600 MB where rows have many lengths. A
 # pass has a dozen shapes, which all its layers share, that of a mixture many more: with 128 kernels
@@ -140,6 +143,24 @@ def gpu_bytes() -> int | None:
 
     free, _total = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved()
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that processes started here may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not has_driver():
+        return []
+    import torch
+
+    # Asks the driver where it can, which opens none of them
+    count = torch.cuda.device_count()
+    named = os.environ.get(VISIBLE)
+    names = named.split(",") if named else [str(number) for number in range(count)]
+    return names[:count]
+
+
+def use_gpu(name: str) -> None:
+    """Have this process, which has opened none yet, see one GPU alone."""
+    os.environ[VISIBLE] = name
 
 
 def is_full(error: Exception) -> bool:

@@ -5,6 +5,7 @@ Jobs are started from this process, so that their imports are paid once; command
 processes in a session of their own, and what ends them ends all of it.
 """
 
+import multiprocessing
 import os
 import random
 import re
@@ -15,10 +16,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fakes import contents, flip, traces
 
+from pipeline import hardware
 from pipeline.__main__ import main
 from pipeline.errors import GivenUp, Interrupted, JobsFailed, PipelineError
 from pipeline.families import OPENS_GPU, PRELOAD
@@ -479,3 +483,63 @@ def test_nothing_that_jobs_are_forked_from_opens_a_gpu(monkeypatch):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("several", "parallel", "taken"),
+    [
+        (["3", "5"], 3, ["3", "5", "3", "3", "5"]),
+        (["3", "5"], 1, [None] * 5),
+        (["0"], 3, [None] * 5),
+        ([], 3, [None] * 5),
+    ],
+)
+def test_jobs_side_by_side_are_spread_over_the_gpus(several, parallel, taken, tiny, monkeypatch):
+    found = []
+
+    def start(*args):
+        receive, send = multiprocessing.Pipe(duplex=False)
+        send.send(None)
+        found.append(args[-1])
+        return SimpleNamespace(join=lambda: None), receive
+
+    monkeypatch.setattr(backend, "gpus", lambda: several)
+    monkeypatch.setattr(backend, "_start", start)
+    ended = []
+    jobs = [(load(tiny), str(number)) for number in range(5)]
+    local = Local(Store(tiny.parent), parallel)
+    local.run_several("preprocess", jobs, lambda *end: ended.append(end))
+    assert found == taken and len(ended) == 5
+
+
+def on_its_gpu(pipe, raw):
+    """Do a job that tells which GPUs it sees."""
+
+    def tell(*_args, **_kwargs):
+        raise PipelineError(os.environ["CUDA_VISIBLE_DEVICES"])
+
+    backend.run_job = tell
+    backend.job(pipe, "tokenizer", raw, "nowhere", None, 1, backend.JobLines(True), "MIG-5")
+
+
+def test_a_job_sees_its_gpu_alone(tiny):
+    receive, send = multiprocessing.Pipe(duplex=False)
+    raw = load(tiny).model_dump(mode="json")
+    process = multiprocessing.get_context("fork").Process(target=on_its_gpu, args=(send, raw))
+    process.start()
+    assert receive.poll(PATIENCE_S) and str(receive.recv()) == "MIG-5"
+    process.join()
+
+
+@pytest.mark.parametrize(
+    ("named", "found"), [(None, ["0", "1"]), ("2,3", ["2", "3"]), ("", []), ("7", ["7"])]
+)
+def test_gpus_are_those_that_a_process_may_use(named, found, monkeypatch):
+    assert hardware.gpus() == []
+    monkeypatch.setattr(hardware, "has_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert hardware.gpus() == found

@@ -265,7 +265,7 @@ def _add_parallel(sub: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="jobs side by side, cores shared (default 1)",
+        help="jobs side by side, cores shared, several GPUs spread (default 1)",
     )
 
 

@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -27,7 +27,7 @@ from ..credentials import masked
 from ..errors import GivenUp, Interrupted, JobsFailed, PipelineError
 from ..families import OPENS_GPU, PRELOAD
 from ..families.load import parse
-from ..hardware import cores, has_driver
+from ..hardware import cores, gpus, has_driver, use_gpu
 from ..protocols import Progress
 from ..report.narrow import plain_console
 from ..store.artifacts import Manifest, Reader, Store
@@ -51,7 +51,8 @@ LOOK_EVERY_S = 1.0  # at what running jobs have come to, where somebody may give
 
 @dataclass
 class Local:
-    """This machine: `parallel` processes at once, each with its share of the cores."""
+    """This machine: `parallel` processes at once, each with its share of the cores and, of several
+    GPUs, on the one that the fewest others are on."""
 
     store: Store
     parallel: int = 1
@@ -88,6 +89,8 @@ class Local:
         given_up: set[int] = set()
         share = cores() // min(self.parallel, len(jobs))
         beside = self.parallel > 1
+        several = gpus() if beside else []
+        taken: dict[Connection, str | None] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.parallel:
@@ -95,8 +98,10 @@ class Local:
                     cfg, item = jobs[at]
                     threads = cfg.runtime.most_threads(share)
                     said = JobLines(beside, names[at] if names else "")
-                    process, pipe = _start(stage, cfg, self.store, item, threads, said)
+                    gpu = _emptiest(several, taken.values())
+                    process, pipe = _start(stage, cfg, self.store, item, threads, said, gpu)
                     running[pipe] = (process, at)
+                    taken[pipe] = gpu
                 for ready in wait(list(running), LOOK_EVERY_S if gives_up else None):
                     pipe = cast(Connection, ready)
                     process, at = running[pipe]
@@ -104,6 +109,7 @@ class Local:
                     error = _result(process, pipe, name)
                     # Only now: who is stopped before has it among those to wait for
                     del running[pipe]
+                    del taken[pipe]
                     if isinstance(error, Interrupted) and at in given_up:
                         error = GivenUp(f"{name} was given up")
                     if isinstance(error, Interrupted):
@@ -115,6 +121,14 @@ class Local:
                         process.terminate()
         except (KeyboardInterrupt, Interrupted) as stopped:
             raise _stop_all(stage, running, stopped) from None
+
+
+def _emptiest(several: Sequence[str], taken: Iterable[str | None]) -> str | None:
+    """Return which of several GPUs the fewest jobs are on; None where there is no choice."""
+    if len(several) < 2:
+        return None
+    jobs = Counter(taken)
+    return min(several, key=lambda name: jobs[name])
 
 
 def _stop_all(
@@ -193,12 +207,19 @@ class _Named:
 
 
 def _start(
-    stage: str, cfg: RunConfig, store: Store, item: str | None, threads: int, said: JobLines
+    stage: str,
+    cfg: RunConfig,
+    store: Store,
+    item: str | None,
+    threads: int,
+    said: JobLines,
+    gpu: str | None = None,
 ) -> tuple[BaseProcess, Connection]:
     """Start a job in a process of its own; return that and the end of the pipe to listen to."""
     context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     receive, send = context.Pipe(duplex=False)
-    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, said)
+    raw = cfg.model_dump(mode="json")
+    args = (send, stage, raw, str(store.root), item, threads, said, gpu)
     process = context.Process(target=job, args=args, name=label(stage, item))
     # First, as its launch lets through what is held back here
     resource_tracker.ensure_running()
@@ -269,9 +290,14 @@ def job(
     item: str | None,
     threads: int,
     said: JobLines,
+    gpu: str | None = None,
 ) -> None:
-    """Run one job in this fresh process and send its error, if any, up the pipe."""
+    """Run one job in this fresh process, on one of several GPUs where it is named, and send its
+    error, if any, up the pipe."""
     import torch
+
+    if gpu is not None:
+        use_gpu(gpu)
 
     torch.set_num_threads(threads)
     interrupts.raise_once(again_s=interrupts.SWALLOWED_S)

@@ -17,6 +17,7 @@ from ..hardware import (
     cpu_name,
     free_bytes,
     gpu_name,
+    gpus,
     product_flops_per_s,
     summed_bytes_per_s,
 )
@@ -401,6 +402,9 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
         )
     total = total_bytes or free_bytes()
     where = "" if total_bytes else " that are free here"
+    count = len(gpus())
+    if not total_bytes and count > 1:
+        where += f" on each of {count} GPUs"
     # What they map is in memory once
     fit = max(0, total - mapped) // (needed - mapped)
     return (
