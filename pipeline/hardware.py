@@ -170,6 +170,11 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
+def is_unknown_gpu(error: Exception) -> bool:
+    """Whether an error says that the torch that is installed has no code for the GPU."""
+    return "no kernel image is available" in str(error)
+
+
 def cores() -> int:
     """Return the processor cores this process may use."""
     # a container or `taskset` may allow fewer than there are; Linux alone tells

@@ -160,6 +160,16 @@ def test_a_job_that_fills_the_gpu_ends_in_what_to_set(budget, store_path, tmp_pa
         pytest.raises(PipelineError, match=f"set runtime.memory_budget to {most}"),
     ):
         run_job("train_shared", cfg, store, progress=quiet)
+
+    def unknown(*_args):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(Trunk, "hidden", unknown)
+    text = (
+        "train_shared: torch has no code for a pretended GPU; run on the processor, with CUDA_VIS"
+    )
+    with pretended_gpu(), pytest.raises(PipelineError, match=text):
+        run_job("train_shared", cfg, store, progress=quiet)
     monkeypatch.setattr(Trunk, "hidden", lambda *_: 1 / 0)
     with pretended_gpu(), pytest.raises(ZeroDivisionError):
         run_job("train_shared", cfg, store, progress=quiet)

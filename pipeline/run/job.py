@@ -22,6 +22,7 @@ from ..hardware import (
     gpu_bytes,
     gpu_name,
     is_full,
+    is_unknown_gpu,
     set_fastest_threads,
 )
 from ..protocols import Progress
@@ -42,6 +43,7 @@ from .stages import Addresses, label
 
 # Of the memory with which a GPU was full, for the next try
 LESS = 0.8
+ON_PROCESSOR = "run on the processor, with CUDA_VISIBLE_DEVICES= in front of the command"
 # What decides bytes beside the configuration and the machine; written down with every artifact
 PACKAGES = (
     "torch",
@@ -148,7 +150,7 @@ def _make(job: JobContext) -> Manifest:
     check_unchanged(*read)
     folder = job.store.begin(job.address)
     try:
-        metrics = _in_memory(job)
+        metrics = _done(job)
         # What has changed while it was read is neither what it was nor what it is now
         check_unchanged(*read)
     except PipelineError:
@@ -182,19 +184,23 @@ def _make(job: JobContext) -> Manifest:
     return job.store.finish(manifest)
 
 
-def _in_memory(job: JobContext) -> dict:
-    """Do the job's work. Raises PipelineError that says how it takes less where a GPU is full."""
+def _done(job: JobContext) -> dict:
+    """Do the job's work. Raises PipelineError that says what to set where a GPU is full, or is none
+    that torch has code for."""
     try:
         return _work(job)
     except RuntimeError as error:
+        name = label(job.stage, job.item)
+        if is_unknown_gpu(error):
+            text = f"{name}: torch has no code for {gpu_name()}; {ON_PROCESSOR}"
+            raise PipelineError(text) from error
         if not is_full(error):
             raise
         told = str(error).partition(". ")[0]
         budget = job.cfg.runtime.memory_budget or gpu_bytes() or 0
         raise PipelineError(
-            f"{label(job.stage, job.item)}: {told}: set runtime.memory_budget to "
-            f"{int(LESS * budget / 1e6)}MB, by which it runs in smaller pieces, or take a GPU with "
-            "more memory"
+            f"{name}: {told}: set runtime.memory_budget to {int(LESS * budget / 1e6)}MB, by which "
+            f"it runs in smaller pieces, take a GPU with more memory, or {ON_PROCESSOR}"
         ) from error
 
 
