@@ -293,6 +293,31 @@ def test_a_plan_tells_all_of_it(tmp_path):
     assert f"with {PRICES.told()}" in text
 
 
+def test_a_plan_names_gpus_that_have_less_memory_than_is_predicted(tmp_path):
+    cfg, lines = estimated(tmp_path)
+
+    def told(gpus: tuple[str, ...], *peaks_gb: float, state="to do") -> str:
+        machine = TrainerConfig(gpu=gpus)
+        jobs = [
+            replace(line, stage="train_experts", machine=machine, peak_bytes=int(gb * 1e9))
+            for line, gb in zip(lines, peaks_gb, strict=False)
+        ]
+        console = wide()
+        done = [replace(job, state=state) for job in jobs]
+        cloud.show_estimate(cfg, done, PRICES, False, console)
+        return console.file.getvalue()
+
+    assert (
+        "train_experts: up to 31,000 MB are predicted, more than L4 (24 GB) has: smaller pieces "
+        "run at once there, which may not be enough; name larger ones in modal.train_experts.gpu"
+    ) in told(("H100", "L4:2"), 25, 31)
+    assert "are predicted, more" not in told(("H100", "L4"), 23.9)
+    assert "are predicted, more" not in told(("B300",), 1000)  # the table does not say
+    assert "more than H100 (80 GB)" in told(("B300", "H100"), 81)
+    assert "are predicted, more" not in told(("L4",), 31, state="done")
+    assert "are predicted, more" not in told((), 31)
+
+
 def test_what_is_measured_again_is_priced_where_no_price_table_is(finished):
     cfg = load(finished[0], ("modal.reevaluate=0 6 * * 1", "modal.max_cost_usd=5"))
     wired = cloud.Wiring.settled(cfg, b'{"address": "deploy-1"}', True, PRICES)

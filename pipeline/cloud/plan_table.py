@@ -1,6 +1,6 @@
 """The plan of a command as a table, and what it comes to: time, costs, what stays on the volume."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +44,8 @@ def show_estimate(
             f"nobody has timed a job of {', '.join(assumed)} yet: {duration(ASSUMED_S)} are "
             "assumed for each"
         )
+    for note in _memory_notes(cfg, estimates, prices):
+        say(note)
     least = "at least " if any(each.unknown for each in estimates) else ""
     found = total(cfg, estimates, prices, sequential, planning_s)
     planning = ""
@@ -57,6 +59,26 @@ def show_estimate(
     say(f"on the volume: at least {storage_told(sum(each.bytes for each in estimates), prices)}")
     if any(each.stage == "deploy" for each in estimates):
         say(endpoint_told(cfg.modal, prices))
+
+
+def _memory_notes(cfg: RunConfig, estimates: list[JobEstimate], prices: Prices) -> Iterator[str]:
+    """Yield which stages have a job that is predicted to take more memory than a GPU has that it
+    may get."""
+    highest: dict[tuple[str, str], int] = {}
+    for each in estimates:
+        short = ""
+        if each.state != "done" and each.peak_bytes is not None:
+            short = prices.short_of(each.machine, each.peak_bytes)
+        if short:
+            peak_bytes = highest.get((each.stage, short), 0)
+            highest[each.stage, short] = max(peak_bytes, each.peak_bytes or 0)
+    for (stage, short), peak_bytes in highest.items():
+        setting = f"modal.{cfg.stages[stage].machine or stage}.gpu"
+        yield (
+            f"{stage}: up to {peak_bytes / 1e6:,.0f} MB are predicted, more than {short} has: "
+            "smaller pieces run at once there, which may not be enough; name larger ones in "
+            f"{setting}"
+        )
 
 
 def show_cuda(

@@ -19,7 +19,7 @@ GIB = 1024**3
 @dataclass(frozen=True)
 class Gpu:
     """One kind of GPU: price of one, most per container, rate of its matrix products, whether those
-    can be in bf16."""
+    can be in bf16, its memory."""
 
     usd_per_s: float
     most: int
@@ -27,6 +27,7 @@ class Gpu:
     bf16: bool = True
     checked: str = ""  # "": when the table was
     cuda: str = ""  # the oldest that it works with, "": whatever torch brings
+    memory_gb: float = 0.0  # 0: the table does not say
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,19 @@ class Prices:
                         f"locked torch brings {locked}, which nobody has tried on one: try it on "
                         "a run of a few steps, or name another GPU"
                     )
+
+    def short_of(self, machine: MachineConfig, peak_bytes: int) -> str:
+        """Return which of the GPUs that a machine may get has least memory, where that is less than
+        a job's predicted peak; "" where none is known to."""
+        known: dict[str, float] = {}
+        for text in machine.gpu:
+            kind, _ = split(text)
+            if self.gpus[kind].memory_gb:
+                known[kind] = self.gpus[kind].memory_gb
+        least = min(known, key=lambda kind: known[kind], default="")
+        if not least or known[least] * 1e9 >= peak_bytes:
+            return ""
+        return f"{least} ({known[least]:g} GB)"
 
     def region_problems(self, name: str, regions: Iterable[str]) -> list[str]:
         """Return what is wrong with the regions of a setting."""
