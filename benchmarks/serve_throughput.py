@@ -94,10 +94,15 @@ class Kept:
 
 
 class Asking:
-    """Random requests to an engine, the same for the same seed."""
+    """Random requests to an engine, the same for the same seed.
 
-    def __init__(self, engine: Any, seed: int):
+    long: answers to questions are as long as a reader gives any, up to one of NEW_TOKENS, whatever
+    ends them.
+    """
+
+    def __init__(self, engine: Any, seed: int, long: bool = False):
         self.engine = engine
+        self.long = long
         self.draw = random.Random(seed)
 
     def next(self) -> tuple[Prompt, Sampling]:
@@ -105,7 +110,8 @@ class Asking:
         draw, engine = self.draw, self.engine
         reader = draw.choice((None, None, None, *engine.readers))
         if isinstance(engine, ChatEngine):
-            return self._question(reader), Sampling(None, 0.0)
+            new = draw.choice(NEW_TOKENS) if self.long else None
+            return self._question(reader), Sampling(new, 0.0, past_end=self.long)
         new = min(draw.choice(NEW_TOKENS), engine.context_tokens // 2)
         most = max(1, engine.context_tokens - new)
         count = min(draw.choice(PROMPT_TOKENS), most)
@@ -144,7 +150,9 @@ def _picture(draw: random.Random) -> Image.Image:
     return image
 
 
-def served(engine: Any, clients: int, seconds: float, held: int = HELD) -> Round:
+def served(
+    engine: Any, clients: int, seconds: float, held: int = HELD, long: bool = False
+) -> Round:
     """Let so many clients ask for so long, and hold some of what they were told against the same
     alone."""
     found = Round(clients)
@@ -153,7 +161,7 @@ def served(engine: Any, clients: int, seconds: float, held: int = HELD) -> Round
     until = time.monotonic() + seconds
 
     def client(number: int) -> None:
-        asking = Asking(engine, number)
+        asking = Asking(engine, number, long)
         while time.monotonic() < until:
             generation = engine.submit(*asking.next(), client=str(number))
             leaves = asking.draw.random() < LEAVING
@@ -250,13 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     capacity = Capacity(rows=max(args.clients), prefill_tokens=args.prefill_tokens)
     engine = engine_of(args.bundle, capacity, args.dtype)
-    asking = Asking(engine, -1)
+    asking = Asking(engine, -1, args.long)
     for _ in range(WARM_UP):
         engine.submit(*asking.next()).wait()
     rounds = []
     for clients in args.clients:
         progress(f"{clients} clients for {args.seconds:.0f} s")
-        rounds.append(served(engine, clients, args.seconds, args.held))
+        rounds.append(served(engine, clients, args.seconds, args.held, args.long))
     text = _rounds(rounds) + _minutes(rounds)
     notes = NOTES
     if isinstance(engine, CompletionEngine):
@@ -354,6 +362,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=HELD,
         help="answers of a round that are held against the same alone (default: %(default)s; they "
         "take memory with their pictures, and time of one text after another)",
+    )
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="have questions answered by 16, 64 or 256 tokens, or as many as a reader gives, "
+        "whatever ends an answer (default: answers end by themselves)",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

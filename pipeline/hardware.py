@@ -233,6 +233,10 @@ def _best_rate(size: int, bf16: bool, wait: Callable[[], None]) -> float:
         a @ a
         wait()
         rates.append(2 * size**3 / (time.perf_counter() - start_s))
+    del a
+    if device() == "cuda":
+        # Or this process would keep the matrices' memory from its jobs
+        torch.cuda.empty_cache()
     # The best one: what the machine can do, whatever else ran on it just now
     return max(rates)
 

@@ -51,6 +51,12 @@ def test_what_generate_is_given_is_drawn_to_its_end():
 
 def test_questions_of_a_bundle_are_answered_as_plain_generate_answers_them(tmp_path):
     engine = engine_of(small_stack.bundle(tmp_path), Capacity(rows=4), "fp32")
+    long = Asking(engine, 1, long=True)
+    asked = [sampling for _, sampling in (long.next() for _ in range(20))]
+    assert {each.max_tokens for each in asked} == set(serve_throughput.NEW_TOKENS)
+    # whatever ends an answer: each has as many tokens as its reader gives
+    found = served(engine, 2, 0.3, 4, long=True)
+    assert found.different == 0 and found.tokens > 3 * (found.requests - found.left)
     text = plain_chat.beside_generate(
         tmp_path / "bundle", engine, serve_throughput.question, (3,), 1
     )

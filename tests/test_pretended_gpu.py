@@ -34,7 +34,7 @@ def of_text(**expert):
             "trunk": QUICK,
             "expert": QUICK | {"statistics_tokens": 64} | expert,
             "router": QUICK if expert.get("form") != "adapter" else {"steps": 0, "top_k": 1},
-            "dense": {"baselines": ["total"] if not expert else []},
+            "dense": {"baselines": ["total"] if "layers" in expert else []},
             "evaluate": {"tokens_per_domain": 128, "bootstrap": 10},
             "runtime": {"save_every_s": 1e-9},
         }
@@ -59,7 +59,6 @@ def of_tasks(_folder):
 
 
 RUNS = {
-    "full": of_text(),
     "low_rank": of_text(form="low_rank", rank=4, layers="last:1", checkpointing=True),
     "adapter": of_text(form="adapter", rank=4),
     "tasks": of_tasks,

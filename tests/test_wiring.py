@@ -235,7 +235,7 @@ def test_means_reach_their_training(trained, section, stage, monkeypatch):
 def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
     given = []
 
-    def start(_stage, _cfg, _store, _item, threads, _beside):
+    def start(_stage, _cfg, _store, _item, threads, *_more):
         given.append(threads)
         raise KeyboardInterrupt
 
