@@ -229,33 +229,23 @@ def write_results(
 ) -> ExperimentResults:
     """Write results, their tables, a page and dense weights to a folder; return the results with
     where those are. Raises DiskFull, DamagedArtifact, MissingArtifact."""
-    # Of two sweeps that end at once one's files are all there
-    with store.lock(WRITING):
-        return _written(results, trials, store, folder, progress)
-
-
-def _written(
-    results: ExperimentResults,
-    trials: Sequence[Trial],
-    store: Store,
-    folder: Path,
-    progress: Progress,
-) -> ExperimentResults:
-    folder.mkdir(parents=True, exist_ok=True)
     dense = next((each.name for each in results.trials if each.is_dense), None)
     weights = {}
-    for trial in trials:
-        address = trial.jobs[trial.model]
-        is_made = any(run.address == address for each in results.trials for run in each.done)
-        if trial.name == dense and is_made and not trial.makes.startswith("stack"):
-            place = folder / DENSE / f"{SEED}{trial.seed}"
-            _write_dense(trial, store, place, progress)
-            weights[str(trial.seed)] = place.relative_to(folder).as_posix()
-    told = {"dense_weights": weights, "notes": (*results.notes, *_of_others(folder, weights))}
-    results = results.model_copy(update=told)
-    write_text(folder / RESULTS, results.to_json())
-    write_text(folder / TABLES, report.experiments_text(results))
-    write_text(folder / PAGE, report.experiments_page(results, _histories(trials, store)))
+    # Of two sweeps that end at once one's files are all there
+    with store.lock(WRITING):
+        folder.mkdir(parents=True, exist_ok=True)
+        for trial in trials:
+            address = trial.jobs[trial.model]
+            is_made = any(run.address == address for each in results.trials for run in each.done)
+            if trial.name == dense and is_made and not trial.makes.startswith("stack"):
+                place = folder / DENSE / f"{SEED}{trial.seed}"
+                _write_dense(trial, store, place, progress)
+                weights[str(trial.seed)] = place.relative_to(folder).as_posix()
+        told = {"dense_weights": weights, "notes": (*results.notes, *_of_others(folder, weights))}
+        results = results.model_copy(update=told)
+        write_text(folder / RESULTS, results.to_json())
+        write_text(folder / TABLES, report.experiments_text(results))
+        write_text(folder / PAGE, report.experiments_page(results, _histories(trials, store)))
     return results
 
 
